@@ -1,0 +1,496 @@
+"""Video clips for STD-Former: Something-Something V1 and V2 as released, a toy set that is made here, and own data.
+
+    python data.py check --dataset ssv2 --data_root DIR     probe every clip, write the skip list
+    python data.py show  --dataset toy                      one picture of training samples, as the model sees them
+    python data.py toy                                      make the toy data (train.py does so by itself)
+
+A data set is a folder in one of two layouts, with its own label file (own data: the same, with other clips and classes):
+
+    ssv1, toy   20bn-something-something-v1/<id>/00001.jpg ...     something-something-v1-{labels,train,validation,test}.csv
+    ssv2        20bn-something-something-v2/<id>.webm              something-something-v2-{labels,train,validation,test}.json,
+                                                                   or {labels,train,validation,test}.json and test-answers.csv
+
+VideoDataset yields (video, label, index): video uint8 RGB (3, F, S, S); `normalize` makes it the model's input, on its device.
+Every random choice for a sample follows from (seed, epoch, index) alone: the number of workers changes nothing.
+"""
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)     # RGB, of values in [0, 1]
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+DATASETS = ("ssv1", "ssv2", "toy")
+
+
+def normalize(video, mean=CLIP_MEAN, std=CLIP_STD):
+    """What CLIP expects: uint8 (..., 3, F, S, S) in 0 ... 255 -> float32, (v / 255 - mean) / std per RGB channel.
+
+    Runs on the video's device, so that videos travel as bytes.
+    """
+    mean, std = (torch.tensor(v, device=video.device).view(3, 1, 1, 1) * 255 for v in (mean, std))
+    return (video - mean) / std
+
+
+# ----------------------------------------------------------------------------------------------------
+# Annotations, in the official formats
+# ----------------------------------------------------------------------------------------------------
+
+
+def find_file(root, names):
+    """The first of `names` that exists in `root` or `root`/labels; else FileNotFoundError with the expected tree."""
+    for folder in (Path(root), Path(root) / "labels"):
+        for name in names:
+            if (folder / name).is_file():
+                return folder / name
+    raise FileNotFoundError(f"--data_root {root}: {' or '.join(names)} not found there or in labels/. The expected layouts:\n"
+                            + __doc__.split("\n\n")[2])
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: not a JSON file ({e})") from e
+
+
+def read_csv(path, columns):
+    """Lines of `id` or `id;class text` (no header; the text may hold commas)."""
+    rows = [line.split(";", columns - 1) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    for number, row in enumerate(rows, 1):
+        if len(row) != columns or not row[0]:
+            raise ValueError(f"{path}: line {number} is {';'.join(row)!r}, expected {'id;class text' if columns == 2 else 'id'}")
+    return rows
+
+
+def read_classes(dataset, root, quiet=False):
+    """Class texts, sorted: V2's official order, and the one order used here for every data set. dataset: "ssv1", "ssv2", "toy"."""
+    if dataset == "ssv2":
+        path = find_file(root, ("something-something-v2-labels.json", "labels.json"))
+        labels = read_json(path)
+        if not isinstance(labels, dict) or not all(str(v).isdecimal() for v in labels.values()):
+            raise ValueError(f'{path}: expected {{"class text": "id", ...}} as in the official labels.json; found {str(labels)[:60]} ...')
+        classes = sorted(labels)
+        moved = sum(int(labels[c]) != i for i, c in enumerate(classes))
+        if moved and not quiet:
+            print(f"{path}: {moved} of {len(classes)} ids differ from the order of the sorted class texts; here the sorted order counts")
+    else:
+        path = find_file(root, ("something-something-v1-labels.csv",))
+        classes = sorted(row[0] for row in read_csv(path, 1))
+    if len(set(classes)) != len(classes) or len(classes) < 2:
+        raise ValueError(f"{path}: expected two or more different class texts, found {len(set(classes))} different in {len(classes)} lines")
+    return classes
+
+
+def read_annotations(dataset, root, split):
+    """One split: ids (numpy bytes), labels (int64; -1 where the split has none), class texts (sorted).
+
+    dataset: "ssv1" (also the toy's layout) or "ssv2"; split: "train", "validation" or "test". Arrays, not a Python object
+    per clip, so that the memory of forked workers stays shared. Raises FileNotFoundError, ValueError naming file and entry.
+    """
+    classes = read_classes(dataset, root, quiet=True)
+    number = {text: i for i, text in enumerate(classes)}
+    if dataset == "ssv2":
+        path = find_file(root, (f"something-something-v2-{split}.json", f"{split}.json"))
+        entries = read_json(path)
+        if not isinstance(entries, list) or not all(isinstance(e, dict) and isinstance(e.get("id"), str) for e in entries):
+            raise ValueError(f'{path}: expected a list of {{"id": "...", "template": "..."}} as released (ids are strings); '
+                             f"found {str(entries)[:80]} ...")
+        ids = [e["id"] for e in entries]
+        if split == "test":
+            answers = path.parent / "test-answers.csv"
+            texts = dict(read_csv(answers, 2)) if answers.is_file() else {}
+            texts = [texts.get(i) for i in ids] if texts else None
+        else:
+            missing = [e["id"] for e in entries if not isinstance(e.get("template"), str)]
+            if missing:
+                raise ValueError(f"{path}: clip {missing[0]} has no template (the class with [something] in it), expected as released")
+            texts = [re.sub(r"[\[\]]", "", e["template"]) for e in entries]
+    else:
+        path = find_file(root, (f"something-something-v1-{split}.csv",))
+        rows = read_csv(path, 1 if split == "test" else 2)
+        ids = [row[0] for row in rows]
+        texts = [row[1] for row in rows] if split != "test" else None
+    if not ids or len(set(ids)) != len(ids):
+        raise ValueError(f"{path}: expected one or more clips, each once; found {len(ids)} lines with {len(set(ids))} different ids")
+    for clip, text in zip(ids, texts or ()):
+        if text not in number:
+            raise ValueError(f"{path}: clip {clip} is of class {text!r}, which the label file does not have ({len(classes)} classes)")
+    labels = np.array([number[t] for t in texts] if texts else [-1] * len(ids), dtype=np.int64)
+    return np.array(ids, dtype=np.bytes_), labels, classes
+
+
+def mirror_labels(classes):
+    """The label that a mirrored clip takes, one entry per class.
+
+    "Random inversion" (section 4.2) turns left into right: where swapping left/right or clockwise/counterclockwise in a whole
+    class text gives another class, the two are a pair. "upright" or "right out" have no such partner and stay.
+    """
+    swap = {"left": "right", "right": "left", "clockwise": "counterclockwise", "counterclockwise": "clockwise"}
+    number = {text: i for i, text in enumerate(classes)}
+    mirrored = [re.sub(r"\b(left|right|clockwise|counterclockwise)\b", lambda m: swap[m[0]], text) for text in classes]
+    return np.array([number.get(m, i) for i, m in enumerate(mirrored)], dtype=np.int64)
+
+
+def read_skip_list(path):
+    """Clip ids from a text file, one per line; # starts a comment."""
+    lines = (line.split("#")[0].strip() for line in Path(path).read_text(encoding="utf-8").splitlines())
+    return {line for line in lines if line}
+
+
+# ----------------------------------------------------------------------------------------------------
+# From a clip on disk to frames
+# ----------------------------------------------------------------------------------------------------
+
+
+def sample_indices(n, F, rng=None, view=0, views=1):
+    """Which F of a clip's n frames: one from each of F equal segments (TSN sampling, section 3.1 "sparse sampling").
+
+    With s = (n-1)/F, segment i is [round(s i), round(s (i+1))], as in UniFormerV2. Training (an rng is given) draws
+    uniformly in it, ends included; evaluation takes start + floor(s (view+1) / (views+1)), the centre for one view.
+    Works for any n >= 1; short clips repeat frames. Returns int64 (F,), never decreasing, in 0 ... n-1.
+    """
+    s = (n - 1) / F
+    edges = np.round(s * np.arange(F + 1)).astype(np.int64)
+    if rng is not None:
+        return rng.integers(edges[:-1], edges[1:], endpoint=True)
+    return edges[:-1] + int(s / (views + 1) * (view + 1))
+
+
+class ClipError(Exception):
+    """A clip that cannot be read; the message has its path and the reason."""
+
+
+def reason(error):
+    """The message of an error; of one from a data worker, without the worker's traceback around it."""
+    text = str(error).strip()
+    return text.splitlines()[-1] if isinstance(error, ClipError) else text
+
+
+def read_frame_folder(path, choose):
+    names = sorted(e.name for e in os.scandir(path) if e.name.lower().endswith((".jpg", ".jpeg", ".png")))
+    if not names:
+        raise ClipError(f"{path}: no .jpg or .png frames in the folder")
+    indices = choose(len(names))
+    frames = {}
+    for i in np.unique(indices):
+        with Image.open(os.path.join(path, names[i])) as image:
+            frames[i] = np.asarray(image.convert("RGB"))
+    if len({f.shape for f in frames.values()}) != 1:
+        raise ClipError(f"{path}: frames of different sizes")
+    return np.stack([frames[i] for i in indices])
+
+
+def open_video(path):
+    os.environ.setdefault("DECORD_EOF_RETRY_MAX", "2048")   # a damaged file fails in a moment, not after minutes
+    try:
+        import decord                                   # only here, after torch: frame folders never need it
+    except ImportError as e:
+        raise ImportError("video files are read with decord: pip install decord; where it has no wheel (ARM, macOS), "
+                          "pip install decord2 or eva-decord (same import), or extract frames to folders") from e
+    decord.logging.set_level(decord.logging.QUIET)
+    return decord.VideoReader(str(path), num_threads=1)
+
+
+def count_decodable(path):
+    """How many frames really decode, from the first on. Slow (reads the whole file)."""
+    reader, n = open_video(path), 0
+    try:
+        while n < len(reader):
+            reader.next()
+            n += 1
+    except Exception:                                   # decord raises its own error, or a RuntimeError, or StopIteration
+        pass
+    return n
+
+
+def read_video_file(path, choose):
+    reader = open_video(path)
+    if len(reader) < 1:
+        raise ClipError(f"{path}: no frames in it")
+    indices = choose(len(reader))
+    unique, place = np.unique(indices, return_inverse=True)
+    try:
+        return reader.get_batch(unique).asnumpy()[place]
+    except Exception:                                   # the header promised more than decodes: stay inside what does
+        del reader
+        n = count_decodable(path)
+        if n == 0:
+            raise ClipError(f"{path}: no frame of it can be decoded") from None
+        reader = open_video(path)
+        unique, place = np.unique(choose(n), return_inverse=True)
+        return reader.get_batch(unique).asnumpy()[place]
+
+
+def read_clip(path, choose):
+    """Frames of a video file or of a folder of images, uint8 RGB (F, height, width, 3).
+
+    choose(n) -> indices is called with the number of frames that exist, never with a header's claim alone.
+    Raises ClipError with path and reason; no other clip ever takes its place.
+    """
+    try:
+        if os.path.isdir(path):
+            return read_frame_folder(path, choose)
+        if not os.path.isfile(path):
+            raise ClipError(f"{path}: no such file or folder")
+        if os.path.getsize(path) == 0:
+            raise ClipError(f"{path}: the file is empty")
+        return read_video_file(path, choose)
+    except (ClipError, ImportError):
+        raise
+    except Exception as e:                              # Pillow and decord raise many kinds; all mean: broken
+        raise ClipError(f"{path}: cannot be read ({type(e).__name__}: {str(e).splitlines()[0][:200]})") from e
+
+
+# ----------------------------------------------------------------------------------------------------
+# From frames to the model's input: one spatial and colour transform for all frames of a clip
+# ----------------------------------------------------------------------------------------------------
+
+
+def train_transform(size, scale=(0.08, 1.0), magnitude=0):
+    """Scale-jittered random resized crop, then RandAugment, on uint8 clips: (F, 3, h, w) -> (F, 3, S, S).
+
+    Both draw once per call from torch's global random state, so all frames of a clip get the same transform.
+    scale      range of the crop's share of the area (UniFormerV2: 0.08 to 1); aspect ratios 3/4 to 4/3
+    magnitude  of RandAugment's 4 operations, on torchvision's scale of 31 bins (UniFormerV2's m 7 of 10: 21); 0: none
+    """
+    crop = v2.RandomResizedCrop(size, scale, antialias=True)
+    if not magnitude:
+        return crop
+    return v2.Compose([crop, v2.RandAugment(4, magnitude, interpolation=InterpolationMode.BILINEAR, fill=128)])
+
+
+def eval_transform(video, size, crops=1):
+    """Short side to S, then 1 (centre) or 3 crops along the long side. (F, 3, h, w) -> list of (F, 3, S, S)."""
+    h, w = video.shape[-2:]
+    short = min(h, w)
+    video = TF.resize(video, [max(size, round(h * size / short)), max(size, round(w * size / short))], antialias=True)
+    rest_h, rest_w = video.shape[-2] - size, video.shape[-1] - size
+    places = (0.5,) if crops == 1 else (0.0, 0.5, 1.0)
+    return [TF.crop(video, round(rest_h * p), round(rest_w * p), size, size) for p in places]
+
+
+class VideoDataset(torch.utils.data.Dataset):
+    """One split of a data set. Yields (video, label, index).
+
+    video: uint8 (3, F, S, S); with several views (crops x clips, evaluation) (views, 3, F, S, S). label: int, -1 if unknown.
+    train       random frames, crops, RandAugment and flips; else centre frames and `crops` crops of `clips` clips
+    augment     RandAugment's magnitude of 31; 0 for none
+    flip        mirror half of the training clips, with the mirrored class's label
+    control     "none"; "shuffle" puts the frames in random order, "single" repeats one frame: what is then learned
+                needs no order, or no motion. Also applied in evaluation
+    skip        ids to leave out (evaluation counts them as wrong: `skipped`)
+    Raises what read_annotations and read_clip raise.
+    """
+
+    def __init__(self, dataset, root, split, num_frames=16, size=224, train=False, scale=(0.08, 1.0), augment=0, flip=True,
+                 crops=1, clips=1, control="none", seed=0, skip=()):
+        layout = "ssv2" if dataset == "ssv2" else "ssv1"
+        self.ids, self.labels, self.classes = read_annotations(layout, root, split)
+        self.folder = Path(root) / f"20bn-something-something-v{layout[-1]}"
+        self.suffix = ".webm" if layout == "ssv2" else ""
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"--data_root {root}: folder {self.folder.name} not found. The expected layouts:\n" + __doc__.split("\n\n")[2])
+        keep = ~np.isin(self.ids, np.array(sorted(skip), dtype=np.bytes_)) if skip else np.ones(len(self.ids), bool)
+        self.skipped = int((~keep).sum())
+        self.ids, self.labels = self.ids[keep], self.labels[keep]
+        self.mirrored = mirror_labels(self.classes)
+        self.num_frames, self.size, self.crops, self.clips = num_frames, size, crops, clips
+        self.train, self.flip, self.control, self.seed = train, flip, control, seed
+        self.transform = train_transform(size, scale, augment)
+
+    def __len__(self):
+        return len(self.ids)
+
+    def path(self, index):
+        return str(self.folder / (self.ids[index].decode() + self.suffix))
+
+    def __getitem__(self, item):
+        """item: an index, or (epoch, index) as train.py's sampler gives it, so that persistent workers know the epoch."""
+        epoch, index = item if isinstance(item, tuple) else (0, item)
+        rng = np.random.default_rng([self.seed, epoch if self.train else 0, int(index)])
+        F, label = self.num_frames, int(self.labels[index])
+
+        def choose(n):
+            if self.train:
+                return sample_indices(n, F, rng)
+            return np.concatenate([sample_indices(n, F, view=v, views=self.clips) for v in range(self.clips)])
+
+        try:
+            frames = read_clip(self.path(index), choose)
+        except ClipError as e:
+            raise ClipError(f"clip {self.ids[index].decode()}: {e}. `python data.py check` finds all such clips and writes a --skip_list") from None
+        if self.control == "shuffle":
+            frames = np.concatenate([rng.permutation(clip) for clip in np.split(frames, len(frames) // F)])
+        elif self.control == "single":
+            frames = np.concatenate([np.repeat(clip[rng.integers(F)][None], F, 0) for clip in np.split(frames, len(frames) // F)])
+        video = torch.from_numpy(frames).permute(0, 3, 1, 2)                    # (F, 3, h, w), a view
+
+        if not self.train:
+            views = [crop.transpose(0, 1) for clip in video.split(F) for crop in eval_transform(clip, self.size, self.crops)]
+            return (views[0].contiguous() if len(views) == 1 else torch.stack(views)), label, index
+        with torch.random.fork_rng(devices=[]):         # torchvision draws from torch's global state
+            torch.default_generator.manual_seed(int(rng.integers(2 ** 63)))
+            video = self.transform(video)
+        if self.flip and rng.random() < 0.5:
+            video, label = video.flip(-1), int(self.mirrored[label])
+        return video.transpose(0, 1).contiguous(), label, index
+
+
+# ----------------------------------------------------------------------------------------------------
+# The toy data: small motions over clutter, in SSV1's layout
+# ----------------------------------------------------------------------------------------------------
+
+TOY_VERSION = 1
+TOY_SIZE = 64                                           # pixels, square
+TOY_CLASSES = (                                         # (the motion, the same reversed in time), one state variable each
+    ("Moving something from left to right", "Moving something from right to left"),                 # x
+    ("Moving something up", "Moving something down"),                                               # y
+    ("Turning something clockwise", "Turning something counterclockwise"),                          # angle
+    ("Moving something closer to the camera", "Moving something away from the camera"),             # size
+    ("Lighting something up", "Letting something grow dark"),                                       # brightness
+)
+
+
+def toy_progress(rng, n, low, high):
+    """How far a motion has come at each of n frames: low to high periods in all, uneven, with a pause. (n,)
+
+    Steps are independent and the pause stands anywhere, so the reversed course is as likely as the course itself.
+    """
+    steps = rng.uniform(0.6, 1.4, n - 1)
+    pause = rng.integers(0, n // 4 + 1)
+    start = rng.integers(0, n - pause)
+    steps[start:start + pause] = 0
+    return np.concatenate([[0], np.cumsum(steps / steps.sum() * rng.uniform(low, high))])
+
+
+def toy_scene(rng, motion, n):
+    """Draw everything random about a clip, for motion 0 to 4 (rows of TOY_CLASSES) run forward.
+
+    Every state variable is periodic with a uniform phase and all else is drawn in the same way for all classes, so a single
+    frame tells nothing, and the unordered frames no more than the pair. Returns a dict for toy_render; states are in periods.
+    """
+    states = np.repeat(rng.random(5)[:, None], n, axis=1)           # x, y, angle, size, brightness: still ...
+    sign = (1, -1, 1, 1, 1)[motion]                                 # image rows count downwards: up is -y
+    states[motion] += sign * toy_progress(rng, n, 1.0, 1.7)         # ... but for one
+    distractors = []
+    for moving in (False, False, True, True):
+        angle = rng.uniform(0, 2 * np.pi)
+        course = toy_progress(rng, n, 0.3, 1.0) if moving else np.zeros(n)
+        distractors.append(dict(x=rng.random() + np.cos(angle) * course, y=rng.random() + np.sin(angle) * course,
+                                radius=rng.uniform(0.04, 0.08), color=rng.uniform(0, 1, 3), front=rng.random() < 0.3))
+    blobs = [(rng.random(2), rng.uniform(0.1, 0.35, 2), rng.uniform(0.15, 0.6, 3)) for _ in range(5)]
+    return dict(states=states, distractors=distractors, blobs=blobs, texture=rng.uniform(0.2, 0.55, (6, 6, 3)),
+                profile=np.concatenate([np.sort(rng.uniform(0.35, 0.9, 3))[::-1], [0.1]]),   # half width, from tail to tip
+                colors=np.stack([rng.uniform(0.6, 1, 3), rng.uniform(0.0, 0.5, 3)]), noise=int(rng.integers(2 ** 31)))
+
+
+def toy_render(scene, size=TOY_SIZE):
+    """Paint a scene: uint8 RGB (n, size, size, 3). What leaves on one side comes back on the other."""
+    grid = (np.arange(size) + 0.5) / size
+    row, column = np.meshgrid(grid, grid, indexing="ij")
+
+    def wrapped(a):                                     # distance on a circle of circumference 1, in -0.5 ... 0.5
+        return (a + 0.5) % 1 - 0.5
+
+    def paint(frames, mask, color):                     # mask: (n, size, size), 0 ... 1
+        frames += mask[..., None] * (color - frames)
+
+    def soft(distance):                                 # edges one pixel wide
+        return np.clip(0.5 - distance * size, 0, 1)
+
+    texture = Image.fromarray((scene["texture"] * 255).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
+    background = np.asarray(texture, dtype=np.float32) / 255
+    for (cy, cx), (h, w), color in scene["blobs"]:
+        inside = (np.abs(wrapped(row - cy)) < h / 2) & (np.abs(wrapped(column - cx)) < w / 2)
+        background[inside] = 0.5 * background[inside] + 0.5 * color
+    x, y, angle, scale, light = scene["states"].astype(np.float32)[:, :, None, None]
+    frames = np.repeat(background[None], len(x), axis=0).astype(np.float32)
+
+    def paint_distractors(front):
+        for d in scene["distractors"]:
+            if d["front"] == front:
+                dx, dy = wrapped(column - d["x"][:, None, None]), wrapped(row - d["y"][:, None, None])
+                paint(frames, soft(np.hypot(dx, dy) - d["radius"]), d["color"])
+
+    paint_distractors(front=False)
+    dx, dy = wrapped(column - x).astype(np.float32), wrapped(row - y).astype(np.float32)
+    cos, sin = np.cos(2 * np.pi * angle), np.sin(2 * np.pi * angle)
+    radius = 0.14 + 0.2 * (scale % 1)                   # sawtooth: grows, then starts small again
+    u, v = (cos * dx + sin * dy) / radius, (cos * dy - sin * dx) / radius       # along and across the object's axis
+    width = np.interp(u, np.linspace(-1, 1, len(scene["profile"])), scene["profile"])
+    mask = soft(np.maximum(np.abs(v) - width, np.abs(u) - 1) * radius)
+    tail = np.clip(0.5 - 4 * (u + 0.1), 0, 1)[..., None]                        # two colours: which end is which
+    color = scene["colors"][0] * tail + scene["colors"][1] * (1 - tail)
+    paint(frames, mask, color * (0.25 + 0.75 * (light % 1))[..., None])
+    paint_distractors(front=True)
+    frames += np.random.default_rng(scene["noise"]).normal(0, 0.02, frames.shape).astype(np.float32)
+    return (np.clip(frames, 0, 1) * 255).round().astype(np.uint8)
+
+
+def toy_clip(seed, split, number):
+    """One clip and its label: frames uint8 (n, 64, 64, 3), 18 to 30 of them. Labels run through the classes in turn."""
+    rng = np.random.default_rng([TOY_VERSION, seed, ("train", "validation").index(split), number])
+    motion, backward = divmod(number % (2 * len(TOY_CLASSES)), 2)
+    frames = toy_render(toy_scene(rng, motion, int(rng.integers(18, 31))))
+    return (frames[::-1] if backward else frames), TOY_CLASSES[motion][backward]
+
+
+def write_toy_clip(job):
+    folder, seed, split, number, clip = job
+    frames, text = toy_clip(seed, split, number)
+    os.mkdir(os.path.join(folder, str(clip)))
+    for i, frame in enumerate(frames, 1):
+        Image.fromarray(frame).save(os.path.join(folder, str(clip), f"{i:05d}.jpg"), quality=92)
+    return clip, text
+
+
+def make_toy(root, seed=0, train=6000, validation=500):
+    """Make the toy data set in `root`, in SSV1's layout, unless it is there. Deterministic by seed.
+
+    Built in a folder beside it and renamed into place, so a killed or second process leaves nothing half made.
+    Raises ValueError where `root` holds something else.
+    """
+    root = Path(root)
+    stamp = dict(version=TOY_VERSION, seed=seed, train=train, validation=validation)
+    if (root / "toy.json").is_file():
+        if read_json(root / "toy.json") == stamp:
+            return
+        raise ValueError(f"{root}/toy.json: found {read_json(root / 'toy.json')}, expected {stamp}; delete the folder or give another --data_root")
+    if root.exists() and any(root.iterdir()):
+        raise ValueError(f"--data_root {root}: holds other files; the toy data needs a new or empty folder")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    start, aside = time.time(), Path(tempfile.mkdtemp(prefix=root.name + ".", dir=root.parent))
+    try:
+        frames = aside / "20bn-something-something-v1"
+        frames.mkdir()
+        jobs = [(str(frames), seed, "train", i, i + 1) for i in range(train)]
+        jobs += [(str(frames), seed, "validation", i, train + i + 1) for i in range(validation)]
+        with multiprocessing.get_context("spawn").Pool(min(8, os.cpu_count())) as pool:
+            done = list(tqdm(pool.imap(write_toy_clip, jobs, chunksize=16), total=len(jobs), desc=f"making toy data in {root}", unit=" clips"))
+        for split, lines in ("train", done[:train]), ("validation", done[train:]):
+            (aside / f"something-something-v1-{split}.csv").write_text("".join(f"{clip};{text}\n" for clip, text in lines))
+        (aside / "something-something-v1-labels.csv").write_text("".join(text + "\n" for pair in TOY_CLASSES for text in pair))
+        (aside / "toy.json").write_text(json.dumps(stamp) + "\n")
+        if root.exists():
+            root.rmdir()                                # empty, as seen above
+        os.rename(aside, root)
+        print(f"{root}: {train} training and {validation} validation clips made in {time.time() - start:.0f} s")
+    except OSError:
+        if not (root / "toy.json").is_file():           # else another process was faster: its data are the same
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,248 @@
+"""Evaluate a checkpoint of train.py as the paper does: 16 frames x 3 crops x 1 clip, softmax averaged over the views.
+
+    python evaluate.py --ckpt out/ssv1/best.pt                              # or under torchrun, same numbers
+    python evaluate.py --ckpt out/ssv1/best.pt --save top5.csv --report report
+    python evaluate.py --ckpt out/ssv1/best.pt --video clip.webm folder_of_frames
+
+Model, classes, frames, size and normalisation come from the checkpoint. Every clip counts exactly once, on any number of
+processes. The three crops (left, centre, right of the long side) see all of the picture; probabilities are averaged, not
+logits, as UniFormerV2 and VideoMAE do.
+"""
+import argparse
+import csv
+import os
+import sys
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import data
+from model import ModelConfig, STDFormer
+
+PAPER = {"ssv1": "STD-Former (paper, Table 1) SSV1 validation: top1 57.30 top5 84.40 clips 11522 views 16x3x1",
+         "ssv2": "STD-Former (paper, Table 1) SSV2 validation: top1 69.20 top5 92.10 clips 24777 views 16x3x1"}
+
+# ----------------------------------------------------------------------------------------------------
+# Devices and processes (train.py uses these too)
+# ----------------------------------------------------------------------------------------------------
+
+
+def setup_processes(device="auto"):
+    """(rank, world); joins the process group under torchrun. nccl, or gloo on CPUs and where processes share a GPU."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    one_gpu_each = torch.cuda.is_available() and int(os.environ["LOCAL_WORLD_SIZE"]) <= torch.cuda.device_count()
+    dist.init_process_group("nccl" if device in ("auto", "cuda") and one_gpu_each else "gloo", timeout=timedelta(minutes=30))
+    return dist.get_rank(), dist.get_world_size()
+
+
+def pick_device(name="auto"):
+    """This process's torch.device. Raises ValueError where the machine has none of that name."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(n for n, there in available.items() if there)
+    elif not available[name]:
+        raise ValueError(f"--device {name}: this machine (or this build of PyTorch) has none; use --device cpu")
+    if name == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        return device
+    return torch.device(name)
+
+
+def autocast(device, precision):
+    """Mixed precision for "bf16" and "fp16", nothing for "fp32"."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+def load_checkpoint(path):
+    """A checkpoint of train.py, on the CPU. Raises FileNotFoundError, ValueError naming the file."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["model"], checkpoint["model_config"], checkpoint["classes"]
+    except Exception as e:                              # torch raises many kinds; all mean: not one of ours
+        raise ValueError(f"{path}: not a checkpoint of train.py ({type(e).__name__}: {str(e).splitlines()[0][:150]})") from e
+    return checkpoint
+
+
+# ----------------------------------------------------------------------------------------------------
+# Prediction
+# ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def predict(model, views, device, precision="fp32", mean=data.CLIP_MEAN, std=data.CLIP_STD):
+    """Class probabilities of clips, averaged over their views: uint8 (B, views, 3, F, S, S) or (B, 3, F, S, S) -> (B, classes)."""
+    B = len(views)
+    video = views.flatten(0, 1) if views.ndim == 6 else views
+    with autocast(device, precision):
+        logits = model(data.normalize(video.to(device, non_blocking=True), mean, std))
+    return logits.float().softmax(-1).view(B, -1, logits.shape[-1]).mean(dim=1)
+
+
+def evaluate(model, dataset, device, rank=0, world=1, batch_size=8, workers=0, precision="fp32", mean=data.CLIP_MEAN, std=data.CLIP_STD):
+    """Score a VideoDataset made for evaluation. Returns top1, top5 (percent), clips and, on rank 0, rows.
+
+    Ranks take every world-th clip, so nothing is padded or counted twice; integer counts are summed and divided once. Clips on
+    the skip list count as wrong. rows: a list of (index, label, top-5 classes, their probabilities). Leaves the model in eval mode.
+    """
+    mine = torch.utils.data.Subset(dataset, range(rank, len(dataset), world))
+    loader = torch.utils.data.DataLoader(mine, batch_size=batch_size, num_workers=workers, pin_memory=device.type == "cuda",
+                                         timeout=600 if workers else 0)
+    model.eval()
+    rows = []
+    for views, label, index in tqdm(loader, desc="evaluating", leave=False, disable=None if rank == 0 else True):
+        probability, top = predict(model, views, device, precision, mean, std).cpu().topk(min(5, len(dataset.classes)))
+        rows += zip(index.tolist(), label.tolist(), top.tolist(), probability.tolist())
+    counts = torch.tensor([sum(label == top[0] for _, label, top, _ in rows), sum(label in top for _, label, top, _ in rows), len(rows)], device=device)
+    if world > 1:
+        dist.all_reduce(counts)
+        gathered = [None] * world if rank == 0 else None
+        dist.gather_object(rows, gathered)
+        rows = sorted(sum(gathered, [])) if rank == 0 else []
+    top1, top5, seen = counts.tolist()
+    if seen != len(dataset):
+        raise RuntimeError(f"{seen} clips were scored, the split has {len(dataset)}")
+    clips = seen + dataset.skipped
+    return dict(top1=100 * top1 / clips, top5=100 * top5 / clips, clips=clips, rows=rows)
+
+
+# ----------------------------------------------------------------------------------------------------
+# What is written
+# ----------------------------------------------------------------------------------------------------
+
+
+def write_csv(path, rows, ids, classes):
+    """One line per clip: id, true label (empty where unknown), then five pairs of class text and probability."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as f:
+        out = csv.writer(f)
+        n = len(rows[0][2])
+        out.writerow(["id", "label"] + [f"{what}{k}" for k in range(1, n + 1) for what in ("top", "probability")])
+        for index, label, top, probability in rows:
+            pairs = [x for c, p in zip(top, probability) for x in (classes[c], f"{p:.5f}")]
+            out.writerow([ids[index].decode(), classes[label] if label >= 0 else ""] + pairs)
+
+
+def write_report(folder, rows, classes):
+    """per_class.csv, confused.csv (the most frequent mistakes) and, where matplotlib is installed, confusion.png."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    confusion = np.zeros((len(classes), len(classes)), dtype=np.int64)          # [true, predicted]
+    for _, label, top, _ in rows:
+        confusion[label, top[0]] += 1
+    clips, right = confusion.sum(1), confusion.diagonal()
+    with open(folder / "per_class.csv", "w", newline="", encoding="utf-8") as f:
+        out = csv.writer(f)
+        out.writerow(["class", "clips", "top1"])
+        for i in np.argsort(right / np.maximum(clips, 1), kind="stable"):
+            out.writerow([classes[i], clips[i], f"{100 * right[i] / clips[i]:.2f}" if clips[i] else ""])
+    wrong = confusion - np.diag(right)
+    order = np.argsort(-wrong, axis=None, kind="stable")[:50]
+    with open(folder / "confused.csv", "w", newline="", encoding="utf-8") as f:
+        out = csv.writer(f)
+        out.writerow(["true class", "taken for", "clips", "of the true class"])
+        for i, j in zip(*np.unravel_index(order, wrong.shape)):
+            if wrong[i, j]:
+                out.writerow([classes[i], classes[j], wrong[i, j], clips[i]])
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"{folder}: per_class.csv and confused.csv written; confusion.png needs matplotlib (pip install matplotlib)")
+        return
+    n = len(classes)
+    side = min(24, 5 + 0.16 * n)
+    figure = Figure(figsize=(side + 3, side), layout="constrained")
+    axis = figure.subplots()
+    picture = axis.imshow(confusion / np.maximum(clips[:, None], 1), cmap="Blues", vmin=0, vmax=1)
+    size = max(2.5, 9 - 0.04 * n)
+    axis.set_yticks(range(n), classes, fontsize=size)
+    axis.set_xticks(range(n), [str(i) for i in range(n)] if n > 30 else classes, fontsize=size, rotation=90)
+    axis.set(xlabel="predicted" + (" (number of the row)" if n > 30 else ""), ylabel="true class")
+    figure.colorbar(picture, label="share of the true class", shrink=0.6)
+    figure.savefig(folder / "confusion.png", dpi=130)
+    print(f"{folder}: per_class.csv, confused.csv and confusion.png written")
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--ckpt", required=True, help="checkpoint of train.py, best.pt or last.pt")
+    p.add_argument("--video", nargs="+", metavar="PATH", help="print the top 5 for these videos or folders of frames, and stop")
+    p.add_argument("--data_root", help="folder of the data set, where it is not the one trained from")
+    p.add_argument("--dataset", choices=data.DATASETS, help="evaluate on another data set of the same classes (default: the one trained on)")
+    p.add_argument("--split", default="validation", choices=("train", "validation", "test"), help="papers report validation; test has no labels: predictions only, with --save")
+    p.add_argument("--crops", type=int, default=3, choices=(1, 3), help="spatial views; 1 is three times as fast and about a point lower")
+    p.add_argument("--clips", type=int, default=1, help="temporal views: several sets of frames per clip, shifted within their segments")
+    p.add_argument("--control", choices=("none", "shuffle", "single"), help="disturb time (default: as in training)")
+    p.add_argument("--skip_list", metavar="FILE", help="clip ids that cannot be read, one per line; they count as wrong")
+    p.add_argument("--save", metavar="FILE.csv", help="per clip: id, true label, top-5 names and probabilities")
+    p.add_argument("--report", metavar="DIR", help="per-class accuracy, most confused pairs, confusion matrix")
+    p.add_argument("--batch_size", type=int, default=8, help="clips per process at once; each has crops x clips views")
+    p.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="data workers per process")
+    p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="auto takes the first that is there")
+    p.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="fp32 for numbers to report; bf16 is faster on GPUs")
+    args = p.parse_args(argv)
+
+    rank, world = setup_processes(args.device)
+    device = pick_device(args.device)
+    checkpoint = load_checkpoint(args.ckpt)
+    trained = checkpoint["args"]
+    model = STDFormer(ModelConfig(**checkpoint["model_config"]))
+    model.load_state_dict(checkpoint["model"])
+    model.to(device).eval()
+    c, classes, mean, std = model.config, checkpoint["classes"], checkpoint["mean"], checkpoint["std"]
+
+    if args.video:
+        for path in args.video:
+            frames = data.read_clip(path, lambda n: np.concatenate(
+                [data.sample_indices(n, c.num_frames, view=v, views=args.clips) for v in range(args.clips)]))
+            video = torch.from_numpy(frames).permute(0, 3, 1, 2)
+            views = torch.stack([crop.transpose(0, 1) for clip in video.split(c.num_frames) for crop in data.eval_transform(clip, c.image_size, args.crops)])
+            probability, top = predict(model, views[None], device, args.precision, mean, std)[0].cpu().topk(min(5, len(classes)))
+            print(path)
+            for q, i in zip(probability.tolist(), top.tolist()):
+                print(f"  {100 * q:6.2f} %  {classes[i]}")
+        return
+
+    dataset = data.VideoDataset(args.dataset or trained["dataset"], args.data_root or trained["data_root"], args.split, c.num_frames, c.image_size,
+                                crops=args.crops, clips=args.clips, control=args.control or trained["control"],
+                                skip=data.read_skip_list(args.skip_list) if args.skip_list else ())
+    if dataset.classes != classes:
+        raise ValueError(f"--data_root: its {len(dataset.classes)} classes are not the {len(classes)} of the checkpoint; only there: "
+                         f"{sorted(set(dataset.classes) - set(classes))[:3]}, missing: {sorted(set(classes) - set(dataset.classes))[:3]}")
+    result = evaluate(model, dataset, device, rank, world, args.batch_size, args.workers, args.precision, mean, std)
+    if rank == 0:
+        rows, labelled = result["rows"], bool((dataset.labels >= 0).all())
+        if args.save:
+            write_csv(args.save, rows, dataset.ids, classes)
+            print(f"{args.save}: {len(rows)} predictions written")
+        if args.report and labelled:
+            write_report(args.report, rows, classes)
+        if dataset.skipped:
+            print(f"{dataset.skipped} clips of the skip list count as wrong")
+        print(f"{args.split} split, {c.num_frames} frames x {args.crops} crops x {args.clips} clips, softmax averaged over the views"
+              + (f", control: {dataset.control}" if dataset.control != "none" else ""))
+        if not labelled:
+            print(f"no labels in this split: {len(rows)} predictions, no accuracy" + ("" if args.save else "; --save FILE.csv keeps them"))
+        else:
+            if len(classes) == 174 and trained["dataset"] in PAPER:
+                print(PAPER[trained["dataset"]])
+            print(f"top1 {result['top1']:.2f} top5 {result['top5']:.2f} clips {result['clips']} views {c.num_frames}x{args.crops}x{args.clips}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError, data.ClipError) as e:
+        sys.exit(f"evaluate.py: {data.reason(e)}")

@@ -1,0 +1,464 @@
+"""Train STD-Former: plain PyTorch DDP, mixed precision on CUDA.
+
+    python train.py                                            # toy data, tiny model, CPU or one GPU, minutes
+    torchrun --nproc_per_node=4 train.py --dataset ssv1        # the paper's recipe, from CLIP weights
+    python train.py --dataset ssv2 --data_root DIR --dry_run   # one step: time and peak memory
+
+Everything random follows from --seed: samples from (seed, epoch, clip), dropout from (seed, step, rank). So a run that was
+stopped and resumed is, on a CPU, the same run to the last bit, with any number of data workers.
+"""
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+import data
+from evaluate import autocast, evaluate, load_checkpoint, pick_device, setup_processes
+from model import add_model_flags, build_model, is_clip_parameter, load_clip, model_overrides, resize_positions
+
+# ----------------------------------------------------------------------------------------------------
+# Configuration
+# ----------------------------------------------------------------------------------------------------
+
+# The paper gives frames, size, AdamW, lr, batch, cosine, soft cross-entropy, flips and CLIP; the rest is UniFormerV2's SSV1 run.
+PAPER = dict(model="b16", clip="openai", epochs=22, warmup_epochs=5.0, batch_size=16, lr=1e-4, weight_decay=0.05, label_smoothing=0.1,
+             crop_scale=0.08, randaugment=21, drop_path=0.2, ctm_drop_path=0.4, ctm_dropout=0.5, head_dropout=0.5, grad_clip=20.0)
+# Measured on two CPU cores (README, "Quick start").
+TOY = dict(model="tiny", clip="none", epochs=6, warmup_epochs=0.6, batch_size=32, lr=1e-3, weight_decay=0.05, label_smoothing=0.1,
+           crop_scale=0.5, randaugment=0, grad_clip=1.0)
+PRESETS = {"ssv1": PAPER, "ssv2": PAPER, "toy": TOY}
+
+
+def get_args(argv=None):
+    """Read the flags. The preset of --dataset gives the defaults; a flag that is set wins."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # files
+    p.add_argument("--dataset", default="toy", choices=data.DATASETS, help="ssv1: frame folders, ssv2: webm files (own data too, in either layout), toy: made here")
+    p.add_argument("--data_root", help="folder of the data set (default: datasets/DATASET)")
+    p.add_argument("--out_dir", help="checkpoints and logs go here (default: out/DATASET); must be new or empty without --resume")
+    p.add_argument("--resume", action="store_true", help="go on from OUT_DIR/last.pt; by itself under a torchrun restart")
+    p.add_argument("--init_from", metavar="CHECKPOINT", help="start from the weights of another run; the head is new where the classes differ")
+    p.add_argument("--clip", metavar="openai|FILE|none", help="CLIP weights to start from; a FILE where there is no internet (OpenAI's .pt, open_clip's .pt/.bin/.safetensors)")
+    p.add_argument("--skip_list", metavar="FILE", help="clip ids to leave out, one per line (data.py check writes it); validation counts them as wrong")
+    # data
+    p.add_argument("--crop_scale", type=float, help="smallest share of the picture in a training crop; raise it when small things matter")
+    p.add_argument("--randaugment", type=int, metavar="M", help="magnitude 1-30 of RandAugment's 4 operations, 0 for none; lower it when training accuracy stays low")
+    p.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the clips, with the mirrored class's label")
+    p.add_argument("--control", default="none", choices=("none", "shuffle", "single"), help="control experiments: frames in random order, or one frame repeated, in training and validation")
+    p.add_argument("--workers", type=int, help="data workers per process (default: cores / processes, at most 8; 0 on a single core)")
+    # model: one flag per field of ModelConfig
+    add_model_flags(p)
+    # optimisation
+    p.add_argument("--epochs", type=int, help="passes over the training clips")
+    p.add_argument("--warmup_epochs", type=float, help="linear warm-up; lengthen it when the loss jumps early")
+    p.add_argument("--batch_size", type=int, help="clips per step over all processes; --lr belongs to it, nothing is scaled behind your back")
+    p.add_argument("--micro_batch", type=int, help="clips per process that go through the model at once (default: all); lower it when memory runs out, the result stays")
+    p.add_argument("--lr", type=float, help="peak learning rate for this batch size; the paper's 1e-4 at 16 is 40 times UniFormerV2's per clip: lower it when the loss diverges")
+    p.add_argument("--min_lr", type=float, default=1e-6, help="where the cosine ends")
+    p.add_argument("--clip_lr_scale", type=float, default=1.0, help="learning rate of CLIP's parameters relative to --lr; 0.1 is gentle")
+    p.add_argument("--freeze_clip", action="store_true", help="train the new parameters only; saves memory")
+    p.add_argument("--weight_decay", type=float, help="AdamW's; parameters with fewer than two dimensions get none")
+    p.add_argument("--grad_clip", type=float, help="largest gradient norm of a step; look at grad_norm in the log before changing it")
+    p.add_argument("--label_smoothing", type=float, help='the "soft" in soft cross-entropy')
+    p.add_argument("--mixup", type=float, default=0.0, metavar="ALPHA", help="MixUp with Beta(ALPHA, ALPHA); 0.8 is usual, 0 is off")
+    p.add_argument("--cutmix", type=float, default=0.0, metavar="ALPHA", help="CutMix likewise; with both, a coin decides for each step")
+    # system
+    p.add_argument("--seed", type=int, default=0, help="of everything; report several")
+    p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="auto takes the first that is there")
+    p.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="auto: bf16 on GPUs that have it, else fp16 with a loss scaler; fp32 on CPU and MPS")
+    p.add_argument("--compile", action="store_true", help="torch.compile: a few minutes at the start, then faster; for CUDA")
+    p.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass: much less memory, about a third more time")
+    p.add_argument("--freeze_bn", action="store_true", help="BatchNorm with its running statistics in training too; for tiny batches")
+    p.add_argument("--log_every", type=int, default=20, help="steps between log lines")
+    p.add_argument("--eval_every", type=int, default=1, help="epochs between validations")
+    p.add_argument("--save_minutes", type=float, default=10, help="minutes between writing last.pt within an epoch; it is also written after each epoch and on SIGTERM or SIGINT")
+    p.add_argument("--max_steps", type=int, help="stop after this step of the schedule, as if interrupted (for trying things)")
+    p.add_argument("--dry_run", action="store_true", help="a few steps on real data, print time and peak memory, write nothing")
+
+    known, _ = p.parse_known_args(argv)
+    preset = dict(PRESETS[known.dataset], data_root=f"datasets/{known.dataset}", out_dir=f"out/{known.dataset}")
+    unknown = set(preset) - {action.dest for action in p._actions}
+    assert not unknown, f"preset keys that are no flags: {unknown}"
+    p.set_defaults(**preset)
+    return p.parse_args(argv)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Pure helpers
+# ----------------------------------------------------------------------------------------------------
+
+
+def get_lr(step, total, warmup, peak, floor=0.0):
+    """Linear warm-up over `warmup` steps, then a cosine from peak to floor at step `total` (section 4.2: cosine annealing)."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def param_groups(model, weight_decay, clip_lr_scale=1.0):
+    """AdamW's groups: (CLIP's, new) x (weight decay, none for fewer than two dimensions); empty ones left out.
+
+    Each has `lr_scale`, its factor on the learning rate. Every trainable parameter is in exactly one.
+    """
+    groups = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups.setdefault((is_clip_parameter(name, model.config), p.ndim > 1), []).append(p)
+    return [dict(params=params, weight_decay=weight_decay if decay else 0.0, lr_scale=clip_lr_scale if clip else 1.0,
+                 name=("CLIP" if clip else "new") + (", decay" if decay else ", no decay")) for (clip, decay), params in groups.items()]
+
+
+class StepSampler(torch.utils.data.Sampler):
+    """The clips of each optimisation step, from `start` on: lists of (epoch, index) for this rank.
+
+    An epoch is a permutation drawn from (seed, epoch); its last, incomplete batch is dropped. Ranks deal out each global
+    batch among themselves, so any number of ranks sees the same batches.
+    """
+
+    def __init__(self, clips, batch_size, start, stop, seed, rank, world):
+        self.clips, self.batch_size, self.start, self.stop = clips, batch_size, start, stop
+        self.seed, self.rank, self.world = seed, rank, world
+
+    def __len__(self):
+        return self.stop - self.start
+
+    def __iter__(self):
+        order, order_epoch = None, None
+        for step in range(self.start, self.stop):
+            epoch, b = divmod(step, self.clips // self.batch_size)
+            if epoch != order_epoch:
+                order, order_epoch = np.random.default_rng([self.seed, epoch]).permutation(self.clips), epoch
+            batch = order[b * self.batch_size:(b + 1) * self.batch_size]
+            yield [(epoch, int(i)) for i in batch[self.rank::self.world]]
+
+
+def save_checkpoint(path, checkpoint):
+    """Write beside it, then rename: a crash leaves the old file or the new one, never half of one."""
+    torch.save(checkpoint, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def init_from(model, checkpoint, path, classes):
+    """Copy another run's weights; positions are resized, the head stays new where the classes differ."""
+    state = dict(checkpoint["model"])
+    state["positional_embedding"] = resize_positions(state["positional_embedding"], model.grid)
+    if checkpoint["classes"] != classes:
+        state.update({k: v for k, v in model.state_dict().items() if k.startswith("head.")})
+    own = model.state_dict()
+    problems = [f"{k}: checkpoint {tuple(state[k].shape) if k in state else 'lacks it'}, model {tuple(own[k].shape) if k in own else 'lacks it'}"
+                for k in sorted(set(state) | set(own)) if k not in own or k not in state or state[k].shape != own[k].shape]
+    if problems:
+        raise ValueError(f"--init_from {path} does not fit this model; take the same --model and model flags (SMEM keeps its --image_size):\n  "
+                         + "\n  ".join(problems[:20]))
+    model.load_state_dict(state)
+
+
+def cut_log(path, step):
+    """Drop the lines of log.jsonl beyond a checkpoint's step: the resumed run writes them again."""
+    if path.is_file():
+        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        path.with_suffix(".tmp").write_text("".join(line + "\n" for line in lines))
+        os.replace(path.with_suffix(".tmp"), path)
+
+
+def draw_curves(out_dir):
+    """curves.png from log.jsonl: loss, learning rate, validation accuracy. Does nothing where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    rows = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
+    train, evals = [r for r in rows if r["kind"] == "train"], [r for r in rows if r["kind"] == "eval"]
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    for axis, (title, points) in zip(figure.subplots(1, 3), {
+            "training loss": [(train, "loss", None)], "learning rate": [(train, "lr", None)],
+            "validation accuracy, %": [(evals, "top1", "top-1"), (evals, "top5", "top-5")]}.items()):
+        for source, key, label in points:
+            axis.plot([r["step"] for r in source], [r[key] for r in source], label=label, marker="." if source is evals else None)
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+        if points[0][2] and evals:
+            axis.legend()
+    figure.savefig(out_dir / "curves.png", dpi=110)
+
+
+def memory_gib(device):
+    """Peak memory: allocated on the GPU, else resident of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    import resource                                     # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+
+
+def check_resume(checkpoint, path, args, config, classes):
+    """Refuse to go on with another model, class list or batch; name every difference."""
+    old = checkpoint["model_config"]
+    problems = [f"{k}: checkpoint {old.get(k)!r}, now {v!r}" for k, v in config.items() if old.get(k) != v]
+    if checkpoint["classes"] != classes:
+        gone, new = set(checkpoint["classes"]) - set(classes), set(classes) - set(checkpoint["classes"])
+        problems.append(f"classes: {len(checkpoint['classes'])} in the checkpoint, {len(classes)} now; only there {sorted(gone)[:3]}, only now {sorted(new)[:3]}")
+    problems += [f"{k}: checkpoint {checkpoint['args'][k]!r}, now {getattr(args, k)!r}" for k in ("dataset", "batch_size", "epochs", "seed")
+                 if checkpoint["args"][k] != getattr(args, k)]
+    if problems:
+        raise ValueError(f"--resume: {path} is another run; give it the same flags, or start anew in another --out_dir:\n  " + "\n  ".join(problems))
+
+
+# ----------------------------------------------------------------------------------------------------
+# The run
+# ----------------------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    args = get_args(argv)
+
+    # ===== processes and device =====
+    rank, world = setup_processes(args.device)
+    device = pick_device(args.device)
+    master = rank == 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    per_process = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if device.type == "cpu":
+        torch.set_num_threads(per_process)              # torchrun sets one thread
+    torch.set_float32_matmul_precision("high")          # TF32 for what stays float32 on a GPU
+    if args.workers is None:
+        args.workers = min(8, per_process) if cores > 1 else 0
+    if args.precision == "auto":
+        args.precision = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if args.batch_size % world:
+        raise ValueError(f"--batch_size {args.batch_size}: must be divisible by the {world} processes")
+    local_batch = args.batch_size // world
+    micro = args.micro_batch or local_batch
+    if local_batch % micro:
+        raise ValueError(f"--micro_batch {micro}: must divide the {local_batch} clips that each process has per step")
+
+    # ===== files =====
+    out_dir = Path(args.out_dir)
+    last = out_dir / "last.pt"
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and last.is_file()
+    resume = args.resume or restarted
+    if master and not args.dry_run:
+        if not resume and out_dir.exists() and any(out_dir.iterdir()):
+            raise ValueError(f"--out_dir {out_dir}: not empty; --resume goes on from its last.pt, else give a new folder")
+        out_dir.mkdir(parents=True, exist_ok=True)
+    if args.dataset == "toy" and master:
+        data.make_toy(args.data_root)
+    if world > 1:
+        dist.barrier()                                  # nobody reads before the toy data are made
+
+    # ===== data =====
+    skip = data.read_skip_list(args.skip_list) if args.skip_list else ()
+    classes = data.read_classes(args.dataset, args.data_root, quiet=not master)
+    overrides = dict(model_overrides(args), num_classes=len(classes))
+    torch.manual_seed(args.seed)
+    model = build_model(args.model, **overrides)
+    config = model.config
+    common = dict(num_frames=config.num_frames, size=config.image_size, control=args.control, seed=args.seed, skip=skip)
+    train_set = data.VideoDataset(args.dataset, args.data_root, "train", train=True, scale=(args.crop_scale, 1.0),
+                                  augment=args.randaugment, flip=args.flip, **common)
+    val_set = data.VideoDataset(args.dataset, args.data_root, "validation", **common)
+    steps_per_epoch = len(train_set) // args.batch_size
+    if steps_per_epoch == 0:
+        raise ValueError(f"--batch_size {args.batch_size}: more than the {len(train_set)} training clips")
+    total, warmup = args.epochs * steps_per_epoch, round(args.warmup_epochs * steps_per_epoch)
+
+    # ===== model and weights =====
+    if resume:
+        checkpoint = load_checkpoint(last)
+        check_resume(checkpoint, last, args, asdict(config), classes)
+        model.load_state_dict(checkpoint["model"])
+    elif args.init_from:
+        init_from(model, load_checkpoint(args.init_from), args.init_from, classes)
+    elif args.clip != "none" and master:                # DDP sends rank 0's weights to the others
+        loaded, new = load_clip(model, args.clip)
+        print(f"CLIP weights from {args.clip}: {loaded} tensors loaded, {new} new")
+    if args.freeze_clip:
+        for name, p in model.named_parameters():
+            p.requires_grad = not is_clip_parameter(name, config)
+    model.checkpointing = args.checkpointing
+    model.to(device)
+    if world > 1 and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    groups = param_groups(model, args.weight_decay, args.clip_lr_scale)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+
+    # ===== where the run stands =====
+    step, best = 0, -1.0
+    if resume:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        step, best = checkpoint["step"], checkpoint["best"]
+        if master:
+            cut_log(out_dir / "log.jsonl", step)
+        del checkpoint
+    stop_at = total if args.max_steps is None else min(total, args.max_steps)
+    if args.dry_run:
+        stop_at = min(total, step + 5)
+    if master:
+        print(json.dumps(dict(vars(args), **asdict(config)), indent=1))
+        if not args.dry_run:
+            (out_dir / "config.json").write_text(json.dumps(dict(args=vars(args), model_config=asdict(config)), indent=1) + "\n")
+        print(f"{args.dataset}: {len(train_set)} training and {len(val_set)} validation clips, {len(classes)} classes"
+              + (f"; {train_set.skipped} + {val_set.skipped} on the skip list" if skip else ""))
+        for i in range(min(3, len(train_set))):
+            print(f"  clip {train_set.ids[i].decode()}: {classes[train_set.labels[i]]}")
+        for g in groups:
+            print(f"  parameters, {g['name']}: {len(g['params'])} tensors, {sum(p.numel() for p in g['params']) / 1e6:.2f} M, lr x {g['lr_scale']}")
+        print(f"global batch {args.batch_size} = {world} processes x {local_batch // micro} micro-batches x {micro} clips at lr {args.lr}; "
+              f"{args.epochs} epochs x {steps_per_epoch} steps; {device.type}, {args.precision}" + (f"; resumed at step {step}" if resume else ""))
+
+    def save(*names):
+        if master and not args.dry_run:
+            for name in names:
+                save_checkpoint(out_dir / name, dict(
+                    model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                    epoch=step // steps_per_epoch, step=step, step_in_epoch=step % steps_per_epoch, best=best,
+                    model_config=asdict(config), classes=classes, mean=list(data.CLIP_MEAN), std=list(data.CLIP_STD), args=vars(args)))
+
+    def log(**row):
+        if master and not args.dry_run:
+            with open(out_dir / "log.jsonl", "a") as f:
+                f.write(json.dumps(row) + "\n")
+
+    # ===== wrap and loop =====
+    forward = torch.compile(model) if args.compile else model
+    if world > 1:
+        forward = DDP(forward, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+    mixes = [v2.MixUp(alpha=args.mixup, num_classes=len(classes))] if args.mixup else []
+    mixes += [v2.CutMix(alpha=args.cutmix, num_classes=len(classes))] if args.cutmix else []
+    loader = iter(torch.utils.data.DataLoader(
+        train_set, batch_sampler=StepSampler(len(train_set), args.batch_size, step, stop_at, args.seed, rank, world),
+        num_workers=args.workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupt, timeout=600 if args.workers else 0))
+
+    asked_to_stop = []                                  # filled by a signal; the step in progress is finished first
+    handlers = {s: signal.signal(s, lambda number, frame: asked_to_stop.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def read(stats, at_step, index):
+        """What all ranks know about a step: raise if its loss is not finite, return whether anyone was asked to stop."""
+        loss, stop = stats.tolist()
+        if not math.isfinite(loss):
+            clips = ", ".join(train_set.ids[i].decode() for i in index.tolist())
+            raise FloatingPointError(f"loss {loss} at step {at_step}, lr {optimizer.param_groups[0]['lr']:.2e}; clips on rank {rank}: {clips}. "
+                                     "last.pt holds an earlier step. Lower --lr, lengthen --warmup_epochs, or use --precision bf16 or fp32")
+        return stop > 0
+
+    bar = tqdm(total=stop_at, initial=step, disable=None if master else True, unit=" steps", dynamic_ncols=True)
+    say = bar.write if not bar.disable else print
+    losses, waited, before, since, saved = [], 0.0, None, time.perf_counter(), time.time()
+    stopped = False
+    model.train()
+    while step < stop_at and not stopped:
+        lr = get_lr(step, total, warmup, args.lr, args.min_lr)
+        for g in optimizer.param_groups:
+            g["lr"] = lr * g["lr_scale"]
+        if args.freeze_bn:
+            for m in model.modules():
+                if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+                    m.eval()
+
+        t = time.perf_counter()
+        video, label, index = next(loader)
+        waited += time.perf_counter() - t
+        torch.manual_seed(int(np.random.SeedSequence([args.seed, step, rank]).generate_state(1)[0]))   # dropout, drop path, MixUp
+        video, label = video.to(device, non_blocking=True), label.to(device, non_blocking=True)
+        video = data.normalize(video)
+        if mixes:
+            video, label = mixes[int(torch.randint(len(mixes), ()))](tv_tensors.Video(video), label)
+
+        loss = torch.zeros((), device=device)
+        for i in range(0, local_batch, micro):
+            final = i + micro >= local_batch            # gradients are exchanged once, with the last micro-batch
+            with nullcontext() if world == 1 or final else forward.no_sync():
+                with autocast(device, args.precision):
+                    logits = forward(video[i:i + micro])
+                part = F.cross_entropy(logits.float(), label[i:i + micro], label_smoothing=args.label_smoothing) * (micro / local_batch)
+                scaler.scale(part).backward()
+            loss += part.detach()
+        scaler.unscale_(optimizer)
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        stats = torch.stack([loss, torch.full_like(loss, len(asked_to_stop))])
+        if world > 1:
+            dist.all_reduce(stats)
+            stats /= world
+        if before:                                      # the step before is long done: reading it does not stall the GPU
+            stopped = read(*before)
+        before = (stats, step, index)
+        losses.append(stats[0])
+        step += 1
+        bar.update()
+
+        epoch_end = step % steps_per_epoch == 0
+        if step % args.log_every == 0 or epoch_end or step == stop_at:
+            stopped = read(*before) or stopped
+            seconds = time.perf_counter() - since
+            row = dict(step=step, epoch=round(step / steps_per_epoch, 4), loss=torch.stack(losses).mean().item(), lr=lr, grad_norm=grad_norm.item(),
+                       clips_per_s=len(losses) * args.batch_size / seconds, data_wait=waited / seconds, memory_gib=memory_gib(device))
+            log(kind="train", **row)
+            if master:
+                say(f"epoch {row['epoch']:6.2f}  step {step}/{total}  loss {row['loss']:.4f}  lr {lr:.2e}  grad {row['grad_norm']:.2f}  "
+                    f"{row['clips_per_s']:.1f} clips/s  data {row['data_wait']:.0%}  {row['memory_gib']:.2f} GiB")
+            losses, waited, since = [], 0.0, time.perf_counter()
+        if args.dry_run:
+            continue
+        if epoch_end and ((step // steps_per_epoch) % args.eval_every == 0 or step == total):
+            result = evaluate(model, val_set, device, rank, world, batch_size=4 * micro, workers=args.workers, precision=args.precision)
+            log(kind="eval", step=step, epoch=step // steps_per_epoch, top1=result["top1"], top5=result["top5"], clips=result["clips"])
+            if result["top1"] > best:
+                best = result["top1"]
+                save("best.pt")
+            if master:
+                say(f"epoch {step // steps_per_epoch:3d}  validation, one centre view: top1 {result['top1']:.2f} top5 {result['top5']:.2f} "
+                    f"clips {result['clips']}  best {best:.2f}")
+                draw_curves(out_dir)
+            model.train()
+            since = time.perf_counter()
+        if epoch_end or time.time() - saved > 60 * args.save_minutes or stopped or step == stop_at:
+            read(*before)                               # never save a step that is not finite
+            save("last.pt")
+            saved = time.time()
+
+    # ===== the end =====
+    bar.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if master and args.dry_run:
+        print(f"dry run: {row['clips_per_s']:.2f} clips/s, peak memory {memory_gib(device):.2f} GiB; nothing was written")
+    elif master and step < total:
+        print(f"stopped after step {step} of {total}; the same command with --resume goes on from {last}")
+    elif master:
+        print(f"done: best top1 {best:.2f}. The test protocol, 3 crops: python evaluate.py --ckpt {out_dir / 'best.pt'}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def ignore_interrupt(worker):
+    """Data workers leave Ctrl-C to the process that trains, which finishes its step and saves."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError, FloatingPointError, data.ClipError) as e:
+        sys.exit(f"train.py: {data.reason(e)}")
