@@ -19,7 +19,9 @@ import multiprocessing
 import os
 import re
 import shutil
+import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -184,14 +186,14 @@ def read_frame_folder(path, choose):
     names = sorted(e.name for e in os.scandir(path) if e.name.lower().endswith((".jpg", ".jpeg", ".png")))
     if not names:
         raise ClipError(f"{path}: no .jpg or .png frames in the folder")
-    indices = choose(len(names))
-    frames = {}
-    for i in np.unique(indices):
+    unique, place = np.unique(choose(len(names)), return_inverse=True)
+    frames = []
+    for i in unique:
         with Image.open(os.path.join(path, names[i])) as image:
-            frames[i] = np.asarray(image.convert("RGB"))
-    if len({f.shape for f in frames.values()}) != 1:
-        raise ClipError(f"{path}: frames of different sizes")
-    return np.stack([frames[i] for i in indices])
+            frames.append(np.asarray(image.convert("RGB")))
+    if len({f.shape for f in frames}) != 1:
+        raise ClipError(f"{path}: frames of different sizes, {sorted({f.shape[:2] for f in frames})}")
+    return torch.from_numpy(np.stack(frames)[place]).permute(0, 3, 1, 2)
 
 
 def open_video(path):
@@ -218,25 +220,22 @@ def count_decodable(path):
 
 
 def read_video_file(path, choose):
+    def take(reader, indices):                          # sorted, at once, one reader per call
+        unique, place = np.unique(indices, return_inverse=True)
+        return torch.from_numpy(reader.get_batch(unique).asnumpy()[place]).permute(0, 3, 1, 2)
+
     reader = open_video(path)
-    if len(reader) < 1:
-        raise ClipError(f"{path}: no frames in it")
-    indices = choose(len(reader))
-    unique, place = np.unique(indices, return_inverse=True)
     try:
-        return reader.get_batch(unique).asnumpy()[place]
+        return take(reader, choose(len(reader)))
     except Exception:                                   # the header promised more than decodes: stay inside what does
-        del reader
-        n = count_decodable(path)
-        if n == 0:
+        decodable = count_decodable(path)
+        if decodable == 0:
             raise ClipError(f"{path}: no frame of it can be decoded") from None
-        reader = open_video(path)
-        unique, place = np.unique(choose(n), return_inverse=True)
-        return reader.get_batch(unique).asnumpy()[place]
+        return take(open_video(path), choose(decodable))
 
 
 def read_clip(path, choose):
-    """Frames of a video file or of a folder of images, uint8 RGB (F, height, width, 3).
+    """Frames of a video file or of a folder of images: uint8 RGB (F, 3, height, width).
 
     choose(n) -> indices is called with the number of frames that exist, never with a header's claim alone.
     Raises ClipError with path and reason; no other clip ever takes its place.
@@ -330,14 +329,13 @@ class VideoDataset(torch.utils.data.Dataset):
             return np.concatenate([sample_indices(n, F, view=v, views=self.clips) for v in range(self.clips)])
 
         try:
-            frames = read_clip(self.path(index), choose)
+            video = read_clip(self.path(index), choose)                         # (F, 3, h, w)
         except ClipError as e:
             raise ClipError(f"clip {self.ids[index].decode()}: {e}. `python data.py check` finds all such clips and writes a --skip_list") from None
         if self.control == "shuffle":
-            frames = np.concatenate([rng.permutation(clip) for clip in np.split(frames, len(frames) // F)])
+            video = torch.cat([clip[rng.permutation(F)] for clip in video.split(F)])
         elif self.control == "single":
-            frames = np.concatenate([np.repeat(clip[rng.integers(F)][None], F, 0) for clip in np.split(frames, len(frames) // F)])
-        video = torch.from_numpy(frames).permute(0, 3, 1, 2)                    # (F, 3, h, w), a view
+            video = torch.cat([clip[[rng.integers(F)] * F] for clip in video.split(F)])
 
         if not self.train:
             views = [crop.transpose(0, 1) for clip in video.split(F) for crop in eval_transform(clip, self.size, self.crops)]
@@ -394,51 +392,49 @@ def toy_scene(rng, motion, n):
                                 radius=rng.uniform(0.04, 0.08), color=rng.uniform(0, 1, 3), front=rng.random() < 0.3))
     blobs = [(rng.random(2), rng.uniform(0.1, 0.35, 2), rng.uniform(0.15, 0.6, 3)) for _ in range(5)]
     return dict(states=states, distractors=distractors, blobs=blobs, texture=rng.uniform(0.2, 0.55, (6, 6, 3)),
-                profile=np.concatenate([np.sort(rng.uniform(0.35, 0.9, 3))[::-1], [0.1]]),   # half width, from tail to tip
-                colors=np.stack([rng.uniform(0.6, 1, 3), rng.uniform(0.0, 0.5, 3)]), noise=int(rng.integers(2 ** 31)))
+                profile=np.append(np.sort(rng.uniform(0.35, 0.9, 3))[::-1], 0.1),       # half width of the object, from tail to tip
+                colors=np.stack([rng.uniform(0.6, 1, 3), rng.uniform(0, 0.5, 3)]), noise=int(rng.integers(2 ** 31)))
 
 
 def toy_render(scene, size=TOY_SIZE):
     """Paint a scene: uint8 RGB (n, size, size, 3). What leaves on one side comes back on the other."""
-    grid = (np.arange(size) + 0.5) / size
-    row, column = np.meshgrid(grid, grid, indexing="ij")
+    grid = (np.arange(size, dtype=np.float32) + 0.5) / size
+    row, column = grid[:, None], grid[None, :]
 
-    def wrapped(a):                                     # distance on a circle of circumference 1, in -0.5 ... 0.5
-        return (a + 0.5) % 1 - 0.5
+    def away(a, b):                                     # distance on a circle of circumference 1, in -0.5 ... 0.5
+        return (a - np.float32(b) + 0.5) % 1 - 0.5
 
-    def paint(frames, mask, color):                     # mask: (n, size, size), 0 ... 1
-        frames += mask[..., None] * (color - frames)
+    def soft(distance):                                 # inside 1, outside 0, with an edge one pixel wide
+        return np.clip(0.5 - distance * size, 0, 1)[..., None]
 
-    def soft(distance):                                 # edges one pixel wide
-        return np.clip(0.5 - distance * size, 0, 1)
+    def paint_distractors(picture, t, front):
+        for d in scene["distractors"]:
+            if d["front"] == front:
+                mask = soft(np.hypot(away(column, d["x"][t]), away(row, d["y"][t])) - np.float32(d["radius"]))
+                picture += mask * (d["color"] - picture)
 
     texture = Image.fromarray((scene["texture"] * 255).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
     background = np.asarray(texture, dtype=np.float32) / 255
     for (cy, cx), (h, w), color in scene["blobs"]:
-        inside = (np.abs(wrapped(row - cy)) < h / 2) & (np.abs(wrapped(column - cx)) < w / 2)
+        inside = (np.abs(away(row, cy)) < h / 2) & (np.abs(away(column, cx)) < w / 2)
         background[inside] = 0.5 * background[inside] + 0.5 * color
-    x, y, angle, scale, light = scene["states"].astype(np.float32)[:, :, None, None]
-    frames = np.repeat(background[None], len(x), axis=0).astype(np.float32)
 
-    def paint_distractors(front):
-        for d in scene["distractors"]:
-            if d["front"] == front:
-                dx, dy = wrapped(column - d["x"][:, None, None]), wrapped(row - d["y"][:, None, None])
-                paint(frames, soft(np.hypot(dx, dy) - d["radius"]), d["color"])
-
-    paint_distractors(front=False)
-    dx, dy = wrapped(column - x).astype(np.float32), wrapped(row - y).astype(np.float32)
-    cos, sin = np.cos(2 * np.pi * angle), np.sin(2 * np.pi * angle)
-    radius = 0.14 + 0.2 * (scale % 1)                   # sawtooth: grows, then starts small again
-    u, v = (cos * dx + sin * dy) / radius, (cos * dy - sin * dx) / radius       # along and across the object's axis
-    width = np.interp(u, np.linspace(-1, 1, len(scene["profile"])), scene["profile"])
-    mask = soft(np.maximum(np.abs(v) - width, np.abs(u) - 1) * radius)
-    tail = np.clip(0.5 - 4 * (u + 0.1), 0, 1)[..., None]                        # two colours: which end is which
-    color = scene["colors"][0] * tail + scene["colors"][1] * (1 - tail)
-    paint(frames, mask, color * (0.25 + 0.75 * (light % 1))[..., None])
-    paint_distractors(front=True)
-    frames += np.random.default_rng(scene["noise"]).normal(0, 0.02, frames.shape).astype(np.float32)
-    return (np.clip(frames, 0, 1) * 255).round().astype(np.uint8)
+    frames, noise = [], np.random.default_rng(scene["noise"])
+    for t, (x, y, angle, scale, light) in enumerate(scene["states"].T):
+        picture = background.copy()
+        paint_distractors(picture, t, front=False)
+        dx, dy = away(column, x), away(row, y)
+        cos, sin = np.float32(np.cos(2 * np.pi * angle)), np.float32(np.sin(2 * np.pi * angle))
+        radius = np.float32(0.14 + 0.2 * (scale % 1))   # sawtooth: grows, then starts small again
+        u, v = (cos * dx + sin * dy) / radius, (cos * dy - sin * dx) / radius   # along and across the object's axis
+        width = np.interp(u, np.linspace(-1, 1, len(scene["profile"])), scene["profile"]).astype(np.float32)
+        tail = np.clip(0.5 - 4 * (u + 0.1), 0, 1)[..., None]                    # two colours: which end is which
+        color = (scene["colors"][0] * tail + scene["colors"][1] * (1 - tail)) * (0.25 + 0.75 * (light % 1))
+        picture += soft(np.maximum(np.abs(v) - width, np.abs(u) - 1) * radius) * (color - picture)
+        paint_distractors(picture, t, front=True)
+        picture += noise.normal(0, 0.02, picture.shape)
+        frames.append((np.clip(picture, 0, 1) * 255).round().astype(np.uint8))
+    return np.stack(frames)
 
 
 def toy_clip(seed, split, number):
@@ -458,29 +454,34 @@ def write_toy_clip(job):
     return clip, text
 
 
-def make_toy(root, seed=0, train=6000, validation=500):
-    """Make the toy data set in `root`, in SSV1's layout, unless it is there. Deterministic by seed.
+def make_toy(root, seed=None, train=None, validation=None):
+    """Make the toy data set in `root`, in SSV1's layout: 6000 training and 500 validation clips of seed 0, unless told otherwise.
 
+    Where there is one already, it is kept, and must be of this version and have what was told. Deterministic by seed.
     Built in a folder beside it and renamed into place, so a killed or second process leaves nothing half made.
     Raises ValueError where `root` holds something else.
     """
     root = Path(root)
-    stamp = dict(version=TOY_VERSION, seed=seed, train=train, validation=validation)
+    asked = {k: v for k, v in dict(version=TOY_VERSION, seed=seed, train=train, validation=validation).items() if v is not None}
     if (root / "toy.json").is_file():
-        if read_json(root / "toy.json") == stamp:
-            return
-        raise ValueError(f"{root}/toy.json: found {read_json(root / 'toy.json')}, expected {stamp}; delete the folder or give another --data_root")
+        found = read_json(root / "toy.json")
+        if not asked.items() <= found.items():
+            raise ValueError(f"{root}/toy.json: found {found}, expected {asked}; delete the folder or give another --data_root")
+        return
+    stamp = {"seed": 0, "train": 6000, "validation": 500, **asked}
+    seed, train, validation = stamp["seed"], stamp["train"], stamp["validation"]
     if root.exists() and any(root.iterdir()):
         raise ValueError(f"--data_root {root}: holds other files; the toy data needs a new or empty folder")
     root.parent.mkdir(parents=True, exist_ok=True)
     start, aside = time.time(), Path(tempfile.mkdtemp(prefix=root.name + ".", dir=root.parent))
     try:
+        aside.chmod(0o755)                              # mkdtemp's folders are closed to others
         frames = aside / "20bn-something-something-v1"
         frames.mkdir()
         jobs = [(str(frames), seed, "train", i, i + 1) for i in range(train)]
         jobs += [(str(frames), seed, "validation", i, train + i + 1) for i in range(validation)]
         with multiprocessing.get_context("spawn").Pool(min(8, os.cpu_count())) as pool:
-            done = list(tqdm(pool.imap(write_toy_clip, jobs, chunksize=16), total=len(jobs), desc=f"making toy data in {root}", unit=" clips"))
+            done = list(tqdm(pool.imap(write_toy_clip, jobs, chunksize=16), total=len(jobs), desc=f"making toy data in {root}", unit=" clips", disable=None))
         for split, lines in ("train", done[:train]), ("validation", done[train:]):
             (aside / f"something-something-v1-{split}.csv").write_text("".join(f"{clip};{text}\n" for clip, text in lines))
         (aside / "something-something-v1-labels.csv").write_text("".join(text + "\n" for pair in TOY_CLASSES for text in pair))
@@ -494,3 +495,149 @@ def make_toy(root, seed=0, train=6000, validation=500):
             raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+# ----------------------------------------------------------------------------------------------------
+# python data.py check: is every clip there and whole?
+# ----------------------------------------------------------------------------------------------------
+
+
+def probe(path):
+    """Decode all of a clip. Returns (frames that decode, frames that it declares); raises as read_clip does."""
+    if os.path.isdir(path):
+        return (len(read_clip(path, lambda n: np.arange(n))),) * 2
+    frames = read_clip(path, lambda n: [0])             # missing, empty or foreign files raise here
+    return (count_decodable(path) if len(frames) else 0), len(open_video(path))
+
+
+def probe_process(connection):
+    while True:
+        path = connection.recv()
+        try:
+            connection.send(probe(path))
+        except (ClipError, ImportError) as e:
+            connection.send(str(e))
+
+
+def probe_all(paths, jobs, timeout):
+    """probe() every path, each in a process that is killed after `timeout` seconds or may crash. Yields results or reasons."""
+    local, context = threading.local(), multiprocessing.get_context("spawn")
+
+    def one(path):
+        if not hasattr(local, "process"):
+            local.connection, other = context.Pipe()
+            local.process = context.Process(target=probe_process, args=(other,), daemon=True)
+            local.process.start()
+            other.close()
+        try:
+            local.connection.send(path)
+            if local.connection.poll(timeout):
+                return local.connection.recv()
+            problem = f"{path}: the decoder hangs (no answer in {timeout:.0f} s)"
+        except (EOFError, OSError):
+            problem = f"{path}: the decoder crashed on it"
+        local.process.kill()
+        del local.process
+        return problem
+
+    with ThreadPoolExecutor(jobs) as threads:
+        yield from threads.map(one, paths)
+
+
+def check(args):
+    """Probe the clips of all splits, print what is wrong, write the skip list. Returns the number of unreadable clips."""
+    read_classes(args.dataset, args.data_root)
+    ids, suffix = {}, None
+    for split in ("train", "validation", "test"):
+        try:
+            dataset = VideoDataset(args.dataset, args.data_root, split)
+        except FileNotFoundError as e:
+            if "-data_root" in str(e) and "folder" in str(e).splitlines()[0]:
+                raise                                   # the clips themselves are missing
+            print(f"{split}: no annotation file, left out")
+            continue
+        print(f"{split}: {len(dataset)} clips, {len(dataset.classes)} classes")
+        ids.update({dataset.ids[i].decode(): dataset.path(i) for i in range(len(dataset))})
+        suffix = dataset.suffix
+    bad, short = {}, {}
+    results = tqdm(probe_all(ids.values(), args.jobs, args.timeout), total=len(ids), unit=" clips", disable=None)
+    for clip, result in zip(ids, results):
+        if isinstance(result, str):
+            bad[clip] = result
+        elif result[0] < result[1]:
+            short[clip] = f"declares {result[1]} frames, {result[0]} decode"
+    for clip, text in bad.items():
+        print(f"unreadable  {clip}: {text}")
+    for clip, text in short.items():
+        print(f"short       {clip}: {text}; it is used with those")
+    with open(args.out, "w", encoding="utf-8") as f:
+        f.write(f"# written by: data.py check --dataset {args.dataset}; clips of {args.data_root} that cannot be read\n")
+        f.writelines(f"{clip}  # {text}\n" for clip, text in bad.items())
+        f.writelines(f"# short, kept: {clip}  {text}\n" for clip, text in short.items())
+    print(f"{len(ids)} {'videos (' + suffix + ')' if suffix else 'frame folders'}: {len(ids) - len(bad)} readable, of them {len(short)} shorter than they declare; "
+          f"{len(bad)} unreadable, listed in {args.out}" + (f" (train.py and evaluate.py: --skip_list {args.out})" if bad else ""))
+    return len(bad)
+
+
+# ----------------------------------------------------------------------------------------------------
+# python data.py show: look at what the model sees
+# ----------------------------------------------------------------------------------------------------
+
+
+def show(args, train_flags):
+    """Write a contact sheet of training samples, after augmentation: one row each, 8 of its frames, its label above."""
+    from train import get_args, make_datasets           # the very data set that train.py would use with these flags
+    from model import ModelConfig, MODELS, model_overrides
+    train_args = get_args(["--dataset", args.dataset, "--data_root", args.data_root] + train_flags)
+    dataset, _ = make_datasets(train_args, ModelConfig(**{**MODELS[train_args.model], **model_overrides(train_args)}))
+    order = np.random.default_rng(train_args.seed).permutation(len(dataset))[:args.samples]
+    size, columns, text = max(96, min(dataset.size, 160)), 8, 16
+    sheet = Image.new("RGB", (columns * size, args.samples * (size + text)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, index in enumerate(order):
+        video, label, index = dataset[(0, int(index))]
+        top = row * (size + text)
+        draw.text((4, top + 2), f"{dataset.ids[index].decode()}: {dataset.classes[label]}", fill="black")
+        for column, t in enumerate(np.linspace(0, dataset.num_frames - 1, columns).round().astype(int)):
+            frame = Image.fromarray(video[:, t].permute(1, 2, 0).numpy())
+            sheet.paste(frame.resize((size, size), Image.Resampling.NEAREST), (column * size, top + text))
+    sheet.save(args.out)
+    print(f"{args.out}: {len(order)} training samples of {args.dataset}, frames of {dataset.size} x {dataset.size}")
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = p.add_subparsers(dest="command", required=True)
+    for name, text, out in (("check", "probe every clip, write the skip list", "skip_list.txt"),
+                            ("show", "write a PNG of training samples; takes all flags of train.py too", "show.png")):
+        c = commands.add_parser(name, help=text)
+        c.add_argument("--dataset", default="toy", choices=DATASETS, help="which layout to expect")
+        c.add_argument("--data_root", help="folder of the data set (default: datasets/DATASET)")
+        c.add_argument("--out", default=out, help="file to write")
+    commands.choices["check"].add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that decode side by side")
+    commands.choices["check"].add_argument("--timeout", type=float, default=60, help="seconds after which a decoder counts as hanging; raise it for long clips on slow disks")
+    commands.choices["show"].add_argument("--samples", type=int, default=12, help="rows of the picture")
+    toy = commands.add_parser("toy", help="make the toy data")
+    toy.add_argument("--data_root", help="new folder (default: datasets/toy)")
+    toy.add_argument("--seed", type=int, help="another seed makes other clips of the same kind (default: 0)")
+    toy.add_argument("--train", type=int, help="training clips (default: 6000)")
+    toy.add_argument("--validation", type=int, help="validation clips (default: 500)")
+    args, rest = p.parse_known_args(argv)
+    if rest and args.command != "show":
+        p.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.data_root = args.data_root or f"datasets/{getattr(args, 'dataset', 'toy')}"
+    if args.command == "toy":
+        make_toy(args.data_root, args.seed, args.train, args.validation)
+    elif args.command == "check":
+        sys.exit(1 if check(args) else 0)
+    else:
+        if args.dataset == "toy":
+            make_toy(args.data_root)
+        show(args, rest)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError, ClipError) as e:
+        sys.exit(f"data.py: {reason(e)}")

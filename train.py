@@ -124,6 +124,15 @@ def param_groups(model, weight_decay, clip_lr_scale=1.0):
                  name=("CLIP" if clip else "new") + (", decay" if decay else ", no decay")) for (clip, decay), params in groups.items()]
 
 
+def make_datasets(args, config):
+    """The training and the validation split (one centre view), as the flags and the model want them."""
+    common = dict(num_frames=config.num_frames, size=config.image_size, control=args.control, seed=args.seed,
+                  skip=data.read_skip_list(args.skip_list) if args.skip_list else ())
+    return (data.VideoDataset(args.dataset, args.data_root, "train", train=True, scale=(args.crop_scale, 1.0),
+                              augment=args.randaugment, flip=args.flip, **common),
+            data.VideoDataset(args.dataset, args.data_root, "validation", **common))
+
+
 class StepSampler(torch.utils.data.Sampler):
     """The clips of each optimisation step, from `start` on: lists of (epoch, index) for this rank.
 
@@ -262,16 +271,12 @@ def main(argv=None):
         dist.barrier()                                  # nobody reads before the toy data are made
 
     # ===== data =====
-    skip = data.read_skip_list(args.skip_list) if args.skip_list else ()
     classes = data.read_classes(args.dataset, args.data_root, quiet=not master)
     overrides = dict(model_overrides(args), num_classes=len(classes))
     torch.manual_seed(args.seed)
     model = build_model(args.model, **overrides)
     config = model.config
-    common = dict(num_frames=config.num_frames, size=config.image_size, control=args.control, seed=args.seed, skip=skip)
-    train_set = data.VideoDataset(args.dataset, args.data_root, "train", train=True, scale=(args.crop_scale, 1.0),
-                                  augment=args.randaugment, flip=args.flip, **common)
-    val_set = data.VideoDataset(args.dataset, args.data_root, "validation", **common)
+    train_set, val_set = make_datasets(args, config)
     steps_per_epoch = len(train_set) // args.batch_size
     if steps_per_epoch == 0:
         raise ValueError(f"--batch_size {args.batch_size}: more than the {len(train_set)} training clips")
@@ -315,7 +320,7 @@ def main(argv=None):
         if not args.dry_run:
             (out_dir / "config.json").write_text(json.dumps(dict(args=vars(args), model_config=asdict(config)), indent=1) + "\n")
         print(f"{args.dataset}: {len(train_set)} training and {len(val_set)} validation clips, {len(classes)} classes"
-              + (f"; {train_set.skipped} + {val_set.skipped} on the skip list" if skip else ""))
+              + (f"; {train_set.skipped} + {val_set.skipped} on the skip list" if args.skip_list else ""))
         for i in range(min(3, len(train_set))):
             print(f"  clip {train_set.ids[i].decode()}: {classes[train_set.labels[i]]}")
         for g in groups:
