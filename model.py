@@ -127,7 +127,7 @@ class ModelConfig:
 MODELS = {
     "b16": dict(dim=768, depth=12, heads=12, patch_size=16, image_size=224),
     "l14": dict(dim=1024, depth=24, heads=16, patch_size=14, image_size=224),
-    "tiny": dict(dim=96, depth=4, heads=4, patch_size=8, image_size=48),
+    "tiny": dict(dim=64, depth=4, heads=4, patch_size=8, image_size=32),
 }
 
 # ----------------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ class Attention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
-        self.in_proj_weight = nn.Parameter(nn.init.trunc_normal_(torch.empty(3 * dim, dim), std=0.02))
+        self.in_proj_weight = nn.Parameter(nn.init.trunc_normal_(torch.empty(3 * dim, dim), std=dim ** -0.5))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
         self.out_proj = nn.Linear(dim, dim)
 
@@ -528,23 +528,25 @@ class STDFormer(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Random start (the paper always starts from CLIP; this is ours, for training without it).
+        """Random start (the paper always starts from CLIP; this is ours, for what CLIP does not have, and for training without it).
 
-        every Linear               truncated normal, std 0.02; bias 0
-        outputs added to a branch  the same, std 0.02 / sqrt(2 L): attn.out_proj, mlp.c_proj, ctm.out_proj,
-                                   dpe.expand, ptm conv.expand, stdm.pointwise
+        every Linear               truncated normal, std D^-0.5; bias 0. CLIP's own; the usual 0.02 starves a narrow model
+        outputs added to a branch  the same, std (2 L D)^-0.5: attn.out_proj, mlp.c_proj, ctm.out_proj, dpe.expand,
+                                   PTM's conv.expand, stdm.pointwise
         convolutions, norms        PyTorch's
         class and positions        normal, std D^-0.5, as CLIP's
         """
-        residual = ("out_proj", "c_proj", "expand", "pointwise")
+        std = self.config.dim ** -0.5
+        residual_std = std * (2 * self.config.depth) ** -0.5
         for name, m in self.named_modules():
+            if isinstance(m, Attention):
+                nn.init.trunc_normal_(m.in_proj_weight, std=std)
             if isinstance(m, nn.Linear):
-                std = 0.02 / (2 * self.config.depth) ** 0.5 if name.endswith(residual) else 0.02
-                nn.init.trunc_normal_(m.weight, std=std)
+                nn.init.trunc_normal_(m.weight, std=residual_std if name.endswith(("out_proj", "c_proj", "expand", "pointwise")) else std)
                 if m.bias is not None:
                     nn.init.zeros_(m.bias)
         for p in (self.class_embedding, self.positional_embedding):
-            nn.init.normal_(p, std=self.config.dim ** -0.5)
+            nn.init.normal_(p, std=std)
 
     def stem(self, video):
         """Cut the video into tokens: (B, 3, F, S, S) -> x (B, T, 1+N, D) and the grid (H, W)."""

@@ -40,7 +40,7 @@ from model import add_model_flags, build_model, is_clip_parameter, load_clip, mo
 PAPER = dict(model="b16", clip="openai", epochs=22, warmup_epochs=5.0, batch_size=16, lr=1e-4, weight_decay=0.05, label_smoothing=0.1,
              crop_scale=0.08, randaugment=21, drop_path=0.2, ctm_drop_path=0.4, ctm_dropout=0.5, head_dropout=0.5, grad_clip=20.0)
 # Measured on two CPU cores (README, "Quick start").
-TOY = dict(model="tiny", clip="none", epochs=6, warmup_epochs=0.6, batch_size=32, lr=1e-3, weight_decay=0.05, label_smoothing=0.1,
+TOY = dict(model="tiny", clip="none", epochs=4, warmup_epochs=0.4, batch_size=16, lr=1e-3, weight_decay=0.05, label_smoothing=0.1,
            crop_scale=0.5, randaugment=0, grad_clip=1.0)
 PRESETS = {"ssv1": PAPER, "ssv2": PAPER, "toy": TOY}
 

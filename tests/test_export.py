@@ -1,0 +1,88 @@
+"""The model leaves PyTorch's eager mode with the same logits: torch.export, ONNX, and on a GPU torch.compile and bf16.
+
+python -m pytest -q tests/test_export.py
+"""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import build_model
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def tiny_and_clip(**overrides):
+    torch.manual_seed(0)
+    size = dict(dim=32, depth=3, heads=4, patch_size=8, image_size=32, num_frames=8, num_classes=5)
+    return build_model("tiny", **{**size, **overrides}).eval(), torch.randn(2, 3, 8, 32, 32)
+
+
+@pytest.mark.parametrize("variant", [dict(), dict(smem_branch="both", smem_fusion="mul+add", head="fused", ctm_cpe="both",
+                                                  ptm_conv="attention3d", ptm_attention="spacetime")], ids=["default", "others"])
+def test_torch_export(variant):
+    model, video = tiny_and_clip(**variant)
+    exported = torch.export.export(model, (video,)).module()
+    other = torch.randn_like(video)                         # not the clip it was traced with
+    torch.testing.assert_close(exported(other), model(other), atol=1e-5, rtol=0)
+
+
+def test_onnx(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    model, video = tiny_and_clip()
+    file = tmp_path / "model.onnx"
+    torch.onnx.export(model, (video,), dynamo=True, verbose=False).save(file)
+    onnx.checker.check_model(file)
+    other = torch.randn_like(video)
+    try:
+        import onnxruntime
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        logits, = session.run(None, {session.get_inputs()[0].name: other.numpy()})
+    except ImportError:                                     # slow, but it comes with onnx
+        logits, = run_with_onnx_alone(file, other.numpy())
+    torch.testing.assert_close(torch.from_numpy(logits), model(other).detach(), atol=1e-5, rtol=0)
+
+
+def run_with_onnx_alone(file, video):
+    """onnx's own evaluator; its Pad cannot crop, which ONNX allows (negative pads) and CPE's shift along T does."""
+    import numpy as np
+    from onnx.reference import ReferenceEvaluator
+    from onnx.reference.op_run import OpRun
+
+    def pad_or_crop(self, x, pads, *ignored, **attributes):
+        before, after = pads.reshape(2, -1)
+        x = np.pad(x, list(zip(before.clip(0), after.clip(0))))
+        return x[tuple(slice(max(0, -b), n + min(0, a)) for b, a, n in zip(before, after, x.shape))],
+
+    Pad = type("Pad", (OpRun,), {"_run": pad_or_crop})
+    evaluator = ReferenceEvaluator(str(file), new_ops=[Pad])
+    return evaluator.run(None, {evaluator.input_names[0]: video})
+
+
+@needs_cuda
+def test_a_compiled_model_equals_the_eager_one():
+    model, video = tiny_and_clip()
+    model, video = model.cuda().train(), video.cuda()
+    labels = torch.tensor([1, 3], device="cuda")
+    losses, gradients = [], []
+    for run in (model, torch.compile(model)):
+        model.zero_grad()
+        loss = F.cross_entropy(run(video), labels)
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(losses[0], losses[1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("device", ("cpu", pytest.param("cuda", marks=needs_cuda)))
+@pytest.mark.parametrize("fusion", ("mul", "add", "mul+add"))
+def test_bf16_is_finite_and_near_fp32(fusion, device):
+    model, video = tiny_and_clip(smem_fusion=fusion, smem_branch="both")
+    model, video = model.to(device), video.to(device)
+    with torch.no_grad():
+        logits = model(video)
+        with torch.autocast(device, torch.bfloat16):
+            rounded = model(video)
+    assert rounded.isfinite().all()
+    assert (rounded - logits).abs().max() < 0.05 * logits.abs().max()
