@@ -36,6 +36,7 @@ from tqdm import tqdm
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)     # RGB, of values in [0, 1]
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 DATASETS = ("ssv1", "ssv2", "toy")
+LAYOUTS = next(part for part in __doc__.split("\n\n") if part.startswith("    ssv1, toy"))
 
 
 def normalize(video, mean=CLIP_MEAN, std=CLIP_STD):
@@ -58,8 +59,7 @@ def find_file(root, names):
         for name in names:
             if (folder / name).is_file():
                 return folder / name
-    raise FileNotFoundError(f"--data_root {root}: {' or '.join(names)} not found there or in labels/. The expected layouts:\n"
-                            + __doc__.split("\n\n")[2])
+    raise FileNotFoundError(f"--data_root {root}: {' or '.join(names)} not found there or in labels/. The expected layouts:\n\n{LAYOUTS}")
 
 
 def read_json(path):
@@ -132,7 +132,7 @@ def read_annotations(dataset, root, split):
         if text not in number:
             raise ValueError(f"{path}: clip {clip} is of class {text!r}, which the label file does not have ({len(classes)} classes)")
     labels = np.array([number[t] for t in texts] if texts else [-1] * len(ids), dtype=np.int64)
-    return np.array(ids, dtype=np.bytes_), labels, classes
+    return np.array([i.encode() for i in ids]), labels, classes
 
 
 def mirror_labels(classes):
@@ -142,8 +142,12 @@ def mirror_labels(classes):
     class text gives another class, the two are a pair. "upright" or "right out" have no such partner and stay.
     """
     swap = {"left": "right", "right": "left", "clockwise": "counterclockwise", "counterclockwise": "clockwise"}
-    number = {text: i for i, text in enumerate(classes)}
-    mirrored = [re.sub(r"\b(left|right|clockwise|counterclockwise)\b", lambda m: swap[m[0]], text) for text in classes]
+
+    def plain(text):
+        return re.sub(r"counter-clockwise|anticlockwise", "counterclockwise", text.lower())
+
+    number = {plain(text): i for i, text in enumerate(classes)}
+    mirrored = [re.sub(r"\b(left|right|clockwise|counterclockwise)\b", lambda m: swap[m[0]], plain(text)) for text in classes]
     return np.array([number.get(m, i) for i, m in enumerate(mirrored)], dtype=np.int64)
 
 
@@ -183,7 +187,8 @@ def reason(error):
 
 
 def read_frame_folder(path, choose):
-    names = sorted(e.name for e in os.scandir(path) if e.name.lower().endswith((".jpg", ".jpeg", ".png")))
+    names = [e.name for e in os.scandir(path) if e.name.lower().endswith((".jpg", ".jpeg", ".png"))]
+    names.sort(key=lambda name: [int(t) if t.isdecimal() else t for t in re.split(r"(\d+)", name)])     # frame2 before frame10
     if not names:
         raise ClipError(f"{path}: no .jpg or .png frames in the folder")
     unique, place = np.unique(choose(len(names)), return_inverse=True)
@@ -196,7 +201,7 @@ def read_frame_folder(path, choose):
     return torch.from_numpy(np.stack(frames)[place]).permute(0, 3, 1, 2)
 
 
-def open_video(path):
+def import_decord():
     os.environ.setdefault("DECORD_EOF_RETRY_MAX", "2048")   # a damaged file fails in a moment, not after minutes
     try:
         import decord                                   # only here, after torch: frame folders never need it
@@ -204,41 +209,21 @@ def open_video(path):
         raise ImportError("video files are read with decord: pip install decord; where it has no wheel (ARM, macOS), "
                           "pip install decord2 or eva-decord (same import), or extract frames to folders") from e
     decord.logging.set_level(decord.logging.QUIET)
-    return decord.VideoReader(str(path), num_threads=1)
-
-
-def count_decodable(path):
-    """How many frames really decode, from the first on. Slow (reads the whole file)."""
-    reader, n = open_video(path), 0
-    try:
-        while n < len(reader):
-            reader.next()
-            n += 1
-    except Exception:                                   # decord raises its own error, or a RuntimeError, or StopIteration
-        pass
-    return n
+    return decord
 
 
 def read_video_file(path, choose):
-    def take(reader, indices):                          # sorted, at once, one reader per call
-        unique, place = np.unique(indices, return_inverse=True)
-        return torch.from_numpy(reader.get_batch(unique).asnumpy()[place]).permute(0, 3, 1, 2)
-
-    reader = open_video(path)
-    try:
-        return take(reader, choose(len(reader)))
-    except Exception:                                   # the header promised more than decodes: stay inside what does
-        decodable = count_decodable(path)
-        if decodable == 0:
-            raise ClipError(f"{path}: no frame of it can be decoded") from None
-        return take(open_video(path), choose(decodable))
+    reader = import_decord().VideoReader(str(path), num_threads=1)              # one reader per call: decord's keep memory
+    unique, place = np.unique(choose(len(reader)), return_inverse=True)         # len: frames found in the file, whatever its header says
+    frames = reader.get_batch(unique).asnumpy()                                 # sorted and at once: decord seeks badly
+    return torch.from_numpy(frames[place]).permute(0, 3, 1, 2)
 
 
 def read_clip(path, choose):
     """Frames of a video file or of a folder of images: uint8 RGB (F, 3, height, width).
 
-    choose(n) -> indices is called with the number of frames that exist, never with a header's claim alone.
-    Raises ClipError with path and reason; no other clip ever takes its place.
+    choose(n) -> indices is called with the number of frames found, so a file that was cut off gives those that it still has.
+    Raises ClipError with path and reason, also when a chosen frame does not decode; nothing ever takes its place.
     """
     try:
         if os.path.isdir(path):
@@ -251,7 +236,7 @@ def read_clip(path, choose):
     except (ClipError, ImportError):
         raise
     except Exception as e:                              # Pillow and decord raise many kinds; all mean: broken
-        raise ClipError(f"{path}: cannot be read ({type(e).__name__}: {str(e).splitlines()[0][:200]})") from e
+        raise ClipError(f"{path}: cannot be read ({type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]})") from e
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -259,17 +244,21 @@ def read_clip(path, choose):
 # ----------------------------------------------------------------------------------------------------
 
 
-def train_transform(size, scale=(0.08, 1.0), magnitude=0):
+class TrainTransform:
     """Scale-jittered random resized crop, then RandAugment, on uint8 clips: (F, 3, h, w) -> (F, 3, S, S).
 
     Both draw once per call from torch's global random state, so all frames of a clip get the same transform.
     scale      range of the crop's share of the area (UniFormerV2: 0.08 to 1); aspect ratios 3/4 to 4/3
     magnitude  of RandAugment's 4 operations, on torchvision's scale of 31 bins (UniFormerV2's m 7 of 10: 21); 0: none
     """
-    crop = v2.RandomResizedCrop(size, scale, antialias=True)
-    if not magnitude:
-        return crop
-    return v2.Compose([crop, v2.RandAugment(4, magnitude, interpolation=InterpolationMode.BILINEAR, fill=128)])
+
+    def __init__(self, size, scale=(0.08, 1.0), magnitude=0):
+        self.crop = v2.RandomResizedCrop(size, scale, antialias=True)
+        self.augment = v2.RandAugment(4, magnitude, interpolation=InterpolationMode.BILINEAR) if magnitude else None
+
+    def __call__(self, video):
+        video = self.crop(video)
+        return self.augment(video.contiguous()) if self.augment else video      # contiguous: twice as fast as decord's layout
 
 
 def eval_transform(video, size, crops=1):
@@ -302,14 +291,14 @@ class VideoDataset(torch.utils.data.Dataset):
         self.folder = Path(root) / f"20bn-something-something-v{layout[-1]}"
         self.suffix = ".webm" if layout == "ssv2" else ""
         if not self.folder.is_dir():
-            raise FileNotFoundError(f"--data_root {root}: folder {self.folder.name} not found. The expected layouts:\n" + __doc__.split("\n\n")[2])
-        keep = ~np.isin(self.ids, np.array(sorted(skip), dtype=np.bytes_)) if skip else np.ones(len(self.ids), bool)
+            raise FileNotFoundError(f"--data_root {root}: folder {self.folder.name} not found. The expected layouts:\n\n{LAYOUTS}")
+        keep = ~np.isin(self.ids, np.array([i.encode() for i in skip])) if skip else np.ones(len(self.ids), bool)
         self.skipped = int((~keep).sum())
         self.ids, self.labels = self.ids[keep], self.labels[keep]
         self.mirrored = mirror_labels(self.classes)
         self.num_frames, self.size, self.crops, self.clips = num_frames, size, crops, clips
         self.train, self.flip, self.control, self.seed = train, flip, control, seed
-        self.transform = train_transform(size, scale, augment)
+        self.transform = TrainTransform(size, scale, augment)
 
     def __len__(self):
         return len(self.ids)
@@ -502,25 +491,48 @@ def make_toy(root, seed=None, train=None, validation=None):
 # ----------------------------------------------------------------------------------------------------
 
 
+def declared_bytes(path):
+    """The length that a webm file declares for itself, or 0: it says so in the size of its EBML segment, id 18 53 80 67."""
+    with open(path, "rb") as f:
+        head = f.read(4096)
+    at = head.find(b"\x18\x53\x80\x67") + 4
+    if at < 4 or not head[at:at + 1] or not head[at]:
+        return 0
+    width = 9 - head[at].bit_length()                   # EBML: leading zeros of the first byte tell the size of the number
+    size = int.from_bytes(head[at:at + width], "big") - (1 << 7 * width)
+    return 0 if size == (1 << 7 * width) - 1 else at + width + size             # all ones: unknown, as in a live stream
+
+
 def probe(path):
-    """Decode all of a clip. Returns (frames that decode, frames that it declares); raises as read_clip does."""
-    if os.path.isdir(path):
-        return (len(read_clip(path, lambda n: np.arange(n))),) * 2
-    frames = read_clip(path, lambda n: [0])             # missing, empty or foreign files raise here
-    return (count_decodable(path) if len(frames) else 0), len(open_video(path))
+    """Decode every frame of a clip. Returns what is odd about it, "" for nothing; raises ClipError as read_clip does."""
+    n = 0
+
+    def every(found):
+        nonlocal n
+        n = found
+        return np.arange(found)
+
+    read_clip(path, every)
+    if os.path.isfile(path) and declared_bytes(path) > os.path.getsize(path):
+        return f"declares {declared_bytes(path)} bytes and has {os.path.getsize(path)}, with {n} frames"
+    return ""
 
 
 def probe_process(connection):
-    while True:
-        path = connection.recv()
-        try:
-            connection.send(probe(path))
-        except (ClipError, ImportError) as e:
-            connection.send(str(e))
+    connection.send("ready")                            # importing torch takes seconds that are not the clip's
+    try:
+        while True:
+            path = connection.recv()
+            try:
+                connection.send((True, probe(path)))
+            except ClipError as e:
+                connection.send((False, str(e)))
+    except EOFError:                                    # the check is over
+        pass
 
 
 def probe_all(paths, jobs, timeout):
-    """probe() every path, each in a process that is killed after `timeout` seconds or may crash. Yields results or reasons."""
+    """probe() every path, in processes that may crash and are killed when they hang. Yields (readable, what is odd or wrong)."""
     local, context = threading.local(), multiprocessing.get_context("spawn")
 
     def one(path):
@@ -529,6 +541,7 @@ def probe_all(paths, jobs, timeout):
             local.process = context.Process(target=probe_process, args=(other,), daemon=True)
             local.process.start()
             other.close()
+            local.connection.recv()
         try:
             local.connection.send(path)
             if local.connection.poll(timeout):
@@ -538,7 +551,7 @@ def probe_all(paths, jobs, timeout):
             problem = f"{path}: the decoder crashed on it"
         local.process.kill()
         del local.process
-        return problem
+        return False, problem
 
     with ThreadPoolExecutor(jobs) as threads:
         yield from threads.map(one, paths)
@@ -547,25 +560,25 @@ def probe_all(paths, jobs, timeout):
 def check(args):
     """Probe the clips of all splits, print what is wrong, write the skip list. Returns the number of unreadable clips."""
     read_classes(args.dataset, args.data_root)
-    ids, suffix = {}, None
+    if args.dataset == "ssv2":
+        import_decord()                                 # say at once that it is not installed
+    paths = {}
     for split in ("train", "validation", "test"):
         try:
-            dataset = VideoDataset(args.dataset, args.data_root, split)
-        except FileNotFoundError as e:
-            if "-data_root" in str(e) and "folder" in str(e).splitlines()[0]:
-                raise                                   # the clips themselves are missing
+            read_annotations(args.dataset, args.data_root, split)
+        except FileNotFoundError:
             print(f"{split}: no annotation file, left out")
             continue
+        dataset = VideoDataset(args.dataset, args.data_root, split)
         print(f"{split}: {len(dataset)} clips, {len(dataset.classes)} classes")
-        ids.update({dataset.ids[i].decode(): dataset.path(i) for i in range(len(dataset))})
-        suffix = dataset.suffix
+        paths.update({dataset.ids[i].decode(): dataset.path(i) for i in range(len(dataset))})
     bad, short = {}, {}
-    results = tqdm(probe_all(ids.values(), args.jobs, args.timeout), total=len(ids), unit=" clips", disable=None)
-    for clip, result in zip(ids, results):
-        if isinstance(result, str):
-            bad[clip] = result
-        elif result[0] < result[1]:
-            short[clip] = f"declares {result[1]} frames, {result[0]} decode"
+    results = tqdm(probe_all(paths.values(), args.jobs, args.timeout), total=len(paths), unit=" clips", disable=None)
+    for clip, (readable, text) in zip(paths, results):
+        if not readable:
+            bad[clip] = text
+        elif text:
+            short[clip] = text
     for clip, text in bad.items():
         print(f"unreadable  {clip}: {text}")
     for clip, text in short.items():
@@ -574,7 +587,8 @@ def check(args):
         f.write(f"# written by: data.py check --dataset {args.dataset}; clips of {args.data_root} that cannot be read\n")
         f.writelines(f"{clip}  # {text}\n" for clip, text in bad.items())
         f.writelines(f"# short, kept: {clip}  {text}\n" for clip, text in short.items())
-    print(f"{len(ids)} {'videos (' + suffix + ')' if suffix else 'frame folders'}: {len(ids) - len(bad)} readable, of them {len(short)} shorter than they declare; "
+    kind = "videos (.webm)" if args.dataset == "ssv2" else "frame folders"
+    print(f"{len(paths)} {kind}: {len(paths) - len(bad)} readable, of them {len(short)} shorter than they declare; "
           f"{len(bad)} unreadable, listed in {args.out}" + (f" (train.py and evaluate.py: --skip_list {args.out})" if bad else ""))
     return len(bad)
 
@@ -592,7 +606,7 @@ def show(args, train_flags):
     dataset, _ = make_datasets(train_args, ModelConfig(**{**MODELS[train_args.model], **model_overrides(train_args)}))
     order = np.random.default_rng(train_args.seed).permutation(len(dataset))[:args.samples]
     size, columns, text = max(96, min(dataset.size, 160)), 8, 16
-    sheet = Image.new("RGB", (columns * size, args.samples * (size + text)), "white")
+    sheet = Image.new("RGB", (columns * size, len(order) * (size + text)), "white")
     draw = ImageDraw.Draw(sheet)
     for row, index in enumerate(order):
         video, label, index = dataset[(0, int(index))]

@@ -70,7 +70,7 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["model"], checkpoint["model_config"], checkpoint["classes"]
     except Exception as e:                              # torch raises many kinds; all mean: not one of ours
-        raise ValueError(f"{path}: not a checkpoint of train.py ({type(e).__name__}: {str(e).splitlines()[0][:150]})") from e
+        raise ValueError(f"{path}: not a checkpoint of train.py ({type(e).__name__}: {(str(e).splitlines() or [''])[0][:150]})") from e
     return checkpoint
 
 
@@ -126,7 +126,7 @@ def write_csv(path, rows, ids, classes):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as f:
         out = csv.writer(f)
-        n = len(rows[0][2])
+        n = min(5, len(classes))
         out.writerow(["id", "label"] + [f"{what}{k}" for k in range(1, n + 1) for what in ("top", "probability")])
         for index, label, top, probability in rows:
             pairs = [x for c, p in zip(top, probability) for x in (classes[c], f"{p:.5f}")]
@@ -226,6 +226,8 @@ def main(argv=None):
             print(f"{args.save}: {len(rows)} predictions written")
         if args.report and labelled:
             write_report(args.report, rows, classes)
+        elif args.report:
+            print(f"--report {args.report}: not written, this split has no labels")
         if dataset.skipped:
             print(f"{dataset.skipped} clips of the skip list count as wrong")
         print(f"{args.split} split, {c.num_frames} frames x {args.crops} crops x {args.clips} clips, softmax averaged over the views"

@@ -20,9 +20,12 @@ Figure 1 in code (STDFormer.forward_features), for each layer i
     logits = head(mean over T, H, W of the last y)
 """
 import argparse
+import copy
+import math
+import pickle
+import warnings
 import zipfile
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
 
 import torch
 import torch.nn as nn
@@ -86,8 +89,15 @@ class ModelConfig:
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 refuse(name, "a whole number of at least 1")
         for f in fields(self):
-            if f.metadata["choices"] and getattr(self, f.name) not in f.metadata["choices"]:
+            value = getattr(self, f.name)
+            if f.metadata["choices"] and value not in f.metadata["choices"]:
                 refuse(f.name, "one of " + ", ".join(f.metadata["choices"]))
+            if f.type is float and not (isinstance(value, (int, float)) and math.isfinite(value)):
+                refuse(f.name, "a number")
+            if f.type is bool and not isinstance(value, bool):
+                refuse(f.name, "True or False")
+            if f.type is tuple and not (value is None or isinstance(value, (tuple, list, range)) and all(isinstance(i, int) for i in value)):
+                refuse(f.name, "layer positions, such as (8, 9, 10, 11)")
         for name in ("drop_path", "ctm_drop_path", "ctm_dropout", "head_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 refuse(name, "a probability from 0 to below 1")
@@ -120,7 +130,7 @@ class ModelConfig:
                 refuse(name, f"positions from 0 to {self.depth - 1} (depth is {self.depth})")
         if self.depth - 1 in self.stdm_layers:
             refuse("stdm_layers", f"positions below {self.depth - 1}: behind the last layer no x is left to feed")
-        if self.smem_layers and self.num_frames // self.stem_stride < 2:
+        if self.smem_layers + self.smem_st_layers and self.num_frames // self.stem_stride < 2:
             refuse("num_frames", f"at least {2 * self.stem_stride}: SMEM compares neighbouring token frames (or set smem_layers to nothing)")
 
 
@@ -249,6 +259,7 @@ class PTMConv(nn.Module):
 
     def __init__(self, dim, dims=2, plane="time"):
         super().__init__()
+        assert dims in (2, 3) and plane in ("time", "space"), (dims, plane)
         self.dims, self.plane = dims, plane
         self.reduce = nn.Linear(dim, dim // 4)
         self.conv = (nn.Conv2d if dims == 2 else nn.Conv3d)(dim // 4, dim // 4, 3, padding=1)
@@ -289,6 +300,8 @@ class PTM(nn.Module):
     def __init__(self, dim, heads, conv="residual2d", conv_plane="time", attention="space", shortcut="identity",
                  alpha=1.0, beta=1.0, learn_fusion=True, drop_path=0.0):
         super().__init__()
+        assert conv in ("residual2d", "residual3d", "attention2d", "attention3d"), conv
+        assert attention in ("space", "spacetime") and shortcut in ("identity", "conv"), (attention, shortcut)
         self.conv_at, self.attention, self.shortcut = conv[:-2], attention, shortcut
         self.dpe = DPE(dim)
         self.ln_1 = nn.LayerNorm(dim)
@@ -299,7 +312,7 @@ class PTM(nn.Module):
         self.alpha = nn.Parameter(torch.tensor(float(alpha))) if learn_fusion else alpha
         if self.conv_at == "residual":
             self.beta = nn.Parameter(torch.tensor(float(beta))) if learn_fusion else beta
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = DropPath(drop_path if shortcut == "identity" else 0.0)     # without an identity nothing would be left
 
     def forward(self, x, grid):
         def on_patches(z):                              # (B, T, N, D) -> (B, T, 1+N, D): nothing for the class token
@@ -359,6 +372,7 @@ class CTM(nn.Module):
 
     def __init__(self, dim, heads, residual="query", cpe="memory", dropout=0.0, drop_path=0.0):
         super().__init__()
+        assert residual in ("query", "memory", "both") and cpe in ("memory", "both"), (residual, cpe)
         self.heads, self.residual = heads, residual
         self.cpe = CPE(dim)
         self.cpe_q = CPE(dim) if cpe == "both" else None
@@ -445,6 +459,7 @@ class SMEM(nn.Module):
 
     def __init__(self, dim, grid, fusion="mul"):
         super().__init__()
+        assert fusion in ("mul", "add", "mul+add"), fusion
         self.grid, self.fusion = tuple(grid), fusion
         N = self.grid[0] * self.grid[1]
         self.conv_in = nn.Conv2d(dim, dim // 8, 3, padding=1)
@@ -455,13 +470,13 @@ class SMEM(nn.Module):
 
     def correlation(self, f):
         """Compare each place of a frame with each place of the next. f: (B, T, N, C) -> (B, T-1, N, N)."""
-        a, b = f[:, :-1], f[:, 1:]
+        a, b, scale = f[:, :-1], f[:, 1:], f.shape[-1] ** -0.5
         mul = add = 0
         if "mul" in self.fusion:
-            mul = a @ b.transpose(-2, -1)
+            mul = (a * scale) @ b.transpose(-2, -1)     # scaled first: float16 would overflow
         if "add" in self.fusion:
-            add = a.sum(-1)[..., :, None] + b.sum(-1)[..., None, :]
-        return (mul + add) * f.shape[-1] ** -0.5
+            add = scale * (a.sum(-1)[..., :, None] + b.sum(-1)[..., None, :])
+        return mul + add
 
     def forward(self, y):
         B, T, H, W, D = y.shape
@@ -551,7 +566,7 @@ class STDFormer(nn.Module):
     def stem(self, video):
         """Cut the video into tokens: (B, 3, F, S, S) -> x (B, T, 1+N, D) and the grid (H, W)."""
         c = self.config
-        B, C, n, S, S2 = video.shape
+        B, C, n, S, S2 = video.shape if video.ndim == 5 else (0,) * 5
         if C != 3 or S != S2 or S % c.patch_size or n % c.stem_stride:
             raise ValueError(f"video: got {tuple(video.shape)}, expected (B, 3, F, S, S) with F a multiple of {c.stem_stride} "
                              f"and S of {c.patch_size} (this model was built for F = {c.num_frames}, S = {c.image_size})")
@@ -615,9 +630,9 @@ def build_model(name="b16", **overrides):
 
 def resize_positions(positions, grid):
     """Resize CLIP's position table in 2D (bicubic); the class token's row stays. (1+N, D) -> (1+H*W, D)."""
-    side = round((len(positions) - 1) ** 0.5)           # CLIP's own grid is always square
-    if grid == (side, side):
-        return positions
+    side = math.isqrt(len(positions) - 1)               # CLIP's own grid is always square
+    if grid == (side, side) or side ** 2 + 1 != len(positions):
+        return positions                                # (a table that is no grid is left to the check of shapes)
     p = positions[1:].unflatten(0, (side, side)).permute(2, 0, 1)[None]         # (1, D, side, side)
     p = F.interpolate(p, grid, mode="bicubic")[0].permute(1, 2, 0).flatten(0, 1)
     return torch.cat([positions[:1], p])
@@ -634,15 +649,20 @@ def read_clip(source, model):
         try:
             state = open_clip.create_model(name, pretrained="openai").state_dict()
         except Exception as e:                          # open_clip, the hub client and the network each raise their own
-            raise RuntimeError(f"--clip openai: could not fetch {name} ({e}). On a machine with internet access download "
+            raise ConnectionError(f"--clip openai: could not fetch {name} ({e}). On a machine with internet access download "
                                f"{open_clip.get_pretrained_url(name, 'openai')} and pass it here as --clip FILE") from e
     elif str(source).endswith(".safetensors"):
         from safetensors.torch import load_file
         state = load_file(source)
     elif zipfile.is_zipfile(source) and any("/code/" in n for n in zipfile.ZipFile(source).namelist()):
-        state = torch.jit.load(source, map_location="cpu").state_dict()         # OpenAI's TorchScript archive
+        with warnings.catch_warnings():                 # TorchScript is deprecated, but it is what OpenAI published
+            warnings.simplefilter("ignore")
+            state = torch.jit.load(source, map_location="cpu").state_dict()
     else:
-        state = torch.load(source, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(source, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
+            raise ValueError(f"--clip {source}: not a file that PyTorch wrote ({type(e).__name__})") from e
         state = state.get("state_dict", state)          # open_clip's training checkpoints
     state = {k.removeprefix("module."): v for k, v in state.items()}
     if any(k.startswith("visual.") for k in state):     # a whole CLIP: drop the text tower
@@ -671,7 +691,7 @@ def load_clip(model, source):
     source: "openai" (fetched by open_clip), or a file: OpenAI's TorchScript archive, an open_clip checkpoint (.pt, .bin,
     .safetensors), or a plain state dict. OpenAI's weights belong to QuickGELU; a file trained with GELU does not fit.
     Returns (loaded, new): the numbers of parameter tensors. Raises ValueError listing what is missing, left over or
-    misshapen; RuntimeError when "openai" cannot be fetched.
+    misshapen; ConnectionError when "openai" cannot be fetched.
     """
     state = {k.replace("transformer.resblocks.", "blocks."): v for k, v in read_clip(source, model).items()}
     own = model.state_dict()
@@ -680,7 +700,8 @@ def load_clip(model, source):
     if flat.shape == stem[:, :, 0].shape:
         stem[:, :, model.config.stem_kernel // 2] = flat
         state["conv1.weight"] = stem
-    state["positional_embedding"] = resize_positions(state["positional_embedding"], model.grid)
+    if len(state.get("positional_embedding", ())) > 1:
+        state["positional_embedding"] = resize_positions(state["positional_embedding"], model.grid)
 
     expected = {k for k in own if is_clip_parameter(k, model.config)}
     problems = [f"missing: {k}" for k in sorted(expected - set(state))]
@@ -728,7 +749,7 @@ def count_macs(model, batch=1):
     from torch.utils.flop_counter import FlopCounterMode
     c = model.config
     with FlopCounterMode(display=False, depth=None) as counter:
-        model.to("meta")(torch.empty(batch, 3, c.num_frames, c.image_size, c.image_size, device="meta"))
+        copy.deepcopy(model).to("meta")(torch.empty(batch, 3, c.num_frames, c.image_size, c.image_size, device="meta"))
     return {name: sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}
 
 

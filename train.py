@@ -13,6 +13,7 @@ import math
 import os
 import signal
 import sys
+import textwrap
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -42,14 +43,15 @@ PAPER = dict(model="b16", clip="openai", epochs=22, warmup_epochs=5.0, batch_siz
 # Measured on two CPU cores (README, "Quick start").
 TOY = dict(model="tiny", clip="none", epochs=4, warmup_epochs=0.4, batch_size=16, lr=1e-3, weight_decay=0.05, label_smoothing=0.1,
            crop_scale=0.5, randaugment=0, grad_clip=1.0)
-PRESETS = {"ssv1": PAPER, "ssv2": PAPER, "toy": TOY}
+RECIPES = {"paper": PAPER, "toy": TOY}
 
 
 def get_args(argv=None):
-    """Read the flags. The preset of --dataset gives the defaults; a flag that is set wins."""
+    """Read the flags. The recipe gives the defaults; a flag that is set wins."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # files
     p.add_argument("--dataset", default="toy", choices=data.DATASETS, help="ssv1: frame folders, ssv2: webm files (own data too, in either layout), toy: made here")
+    p.add_argument("--recipe", choices=list(RECIPES), help="whose defaults to take (default: paper for ssv1 and ssv2); toy trains the tiny model from scratch, on any data")
     p.add_argument("--data_root", help="folder of the data set (default: datasets/DATASET)")
     p.add_argument("--out_dir", help="checkpoints and logs go here (default: out/DATASET); must be new or empty without --resume")
     p.add_argument("--resume", action="store_true", help="go on from OUT_DIR/last.pt; by itself under a torchrun restart")
@@ -92,10 +94,10 @@ def get_args(argv=None):
     p.add_argument("--dry_run", action="store_true", help="a few steps on real data, print time and peak memory, write nothing")
 
     known, _ = p.parse_known_args(argv)
-    preset = dict(PRESETS[known.dataset], data_root=f"datasets/{known.dataset}", out_dir=f"out/{known.dataset}")
-    unknown = set(preset) - {action.dest for action in p._actions}
-    assert not unknown, f"preset keys that are no flags: {unknown}"
-    p.set_defaults(**preset)
+    recipe = known.recipe or ("toy" if known.dataset == "toy" else "paper")
+    unknown = set(RECIPES[recipe]) - {action.dest for action in p._actions}
+    assert not unknown, f"recipe keys that are no flags: {unknown}"
+    p.set_defaults(recipe=recipe, data_root=f"datasets/{known.dataset}", out_dir=f"out/{known.dataset}", **RECIPES[recipe])
     return p.parse_args(argv)
 
 
@@ -181,7 +183,7 @@ def init_from(model, checkpoint, path, classes):
 def cut_log(path, step):
     """Drop the lines of log.jsonl beyond a checkpoint's step: the resumed run writes them again."""
     if path.is_file():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
         path.with_suffix(".tmp").write_text("".join(line + "\n" for line in lines))
         os.replace(path.with_suffix(".tmp"), path)
 
@@ -211,7 +213,10 @@ def memory_gib(device):
     """Peak memory: allocated on the GPU, else resident of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 30
-    import resource                                     # not on Windows
+    try:
+        import resource
+    except ImportError:                                 # Windows does not tell
+        return 0.0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
 
 
@@ -259,10 +264,10 @@ def main(argv=None):
     # ===== files =====
     out_dir = Path(args.out_dir)
     last = out_dir / "last.pt"
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and last.is_file()
-    resume = args.resume or restarted
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    resume = args.resume or restarted and last.is_file()
     if master and not args.dry_run:
-        if not resume and out_dir.exists() and any(out_dir.iterdir()):
+        if not resume and not restarted and out_dir.exists() and any(out_dir.iterdir()):
             raise ValueError(f"--out_dir {out_dir}: not empty; --resume goes on from its last.pt, else give a new folder")
         out_dir.mkdir(parents=True, exist_ok=True)
     if args.dataset == "toy" and master:
@@ -278,6 +283,8 @@ def main(argv=None):
     config = model.config
     train_set, val_set = make_datasets(args, config)
     steps_per_epoch = len(train_set) // args.batch_size
+    if args.epochs < 1:
+        raise ValueError(f"--epochs {args.epochs}: expected 1 or more")
     if steps_per_epoch == 0:
         raise ValueError(f"--batch_size {args.batch_size}: more than the {len(train_set)} training clips")
     total, warmup = args.epochs * steps_per_epoch, round(args.warmup_epochs * steps_per_epoch)
@@ -300,14 +307,15 @@ def main(argv=None):
     if world > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     groups = param_groups(model, args.weight_decay, args.clip_lr_scale)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=device.type != "mps")
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
 
     # ===== where the run stands =====
     step, best = 0, -1.0
     if resume:
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"] and scaler.is_enabled():
+            scaler.load_state_dict(checkpoint["scaler"])
         step, best = checkpoint["step"], checkpoint["best"]
         if master:
             cut_log(out_dir / "log.jsonl", step)
@@ -315,8 +323,11 @@ def main(argv=None):
     stop_at = total if args.max_steps is None else min(total, args.max_steps)
     if args.dry_run:
         stop_at = min(total, step + 5)
+        if step == total:
+            raise ValueError(f"--dry_run: {last} is the end of its run, no step is left to try")
     if master:
-        print(json.dumps(dict(vars(args), **asdict(config)), indent=1))
+        print(textwrap.fill("  ".join(f"{k}={v}" for k, v in dict(vars(args), **asdict(config)).items()), 120,
+                            break_long_words=False, break_on_hyphens=False))
         if not args.dry_run:
             (out_dir / "config.json").write_text(json.dumps(dict(args=vars(args), model_config=asdict(config)), indent=1) + "\n")
         print(f"{args.dataset}: {len(train_set)} training and {len(val_set)} validation clips, {len(classes)} classes"
@@ -339,7 +350,7 @@ def main(argv=None):
     def log(**row):
         if master and not args.dry_run:
             with open(out_dir / "log.jsonl", "a") as f:
-                f.write(json.dumps(row) + "\n")
+                f.write(json.dumps({k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()}) + "\n")
 
     # ===== wrap and loop =====
     forward = torch.compile(model) if args.compile else model
@@ -354,12 +365,12 @@ def main(argv=None):
     asked_to_stop = []                                  # filled by a signal; the step in progress is finished first
     handlers = {s: signal.signal(s, lambda number, frame: asked_to_stop.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
 
-    def read(stats, at_step, index):
+    def read(stats, at_step, lr, index):
         """What all ranks know about a step: raise if its loss is not finite, return whether anyone was asked to stop."""
         loss, stop = stats.tolist()
         if not math.isfinite(loss):
             clips = ", ".join(train_set.ids[i].decode() for i in index.tolist())
-            raise FloatingPointError(f"loss {loss} at step {at_step}, lr {optimizer.param_groups[0]['lr']:.2e}; clips on rank {rank}: {clips}. "
+            raise FloatingPointError(f"loss {loss} at step {at_step}, lr {lr:.2e}; clips on rank {rank}: {clips}. "
                                      "last.pt holds an earlier step. Lower --lr, lengthen --warmup_epochs, or use --precision bf16 or fp32")
         return stop > 0
 
@@ -407,7 +418,7 @@ def main(argv=None):
             stats /= world
         if before:                                      # the step before is long done: reading it does not stall the GPU
             stopped = read(*before)
-        before = (stats, step, index)
+        before = (stats, step, lr, index)
         losses.append(stats[0])
         step += 1
         bar.update()
@@ -457,13 +468,13 @@ def main(argv=None):
 
 
 def ignore_interrupt(worker):
-    """Data workers leave Ctrl-C to the process that trains, which finishes its step and saves."""
+    """Data workers leave Ctrl-C, and torchrun's SIGTERM to all, to the process that trains: it finishes its step and saves."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError, FloatingPointError, data.ClipError) as e:
+    except (ValueError, FileNotFoundError, ConnectionError, FloatingPointError, data.ClipError) as e:
         sys.exit(f"train.py: {data.reason(e)}")

@@ -118,6 +118,7 @@ def matmul_rate(device, dtype):
 
 
 def gmacs(model, shape):
+    model.train()                                       # in eval mode nn.MultiheadAttention has a fast path that is not counted
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, *shape, device=next(model.parameters()).device))
     return counter.get_total_flops() / 2e9
@@ -149,7 +150,7 @@ def compare(args, device, dtype):
     rows, steps = {}, {}
     for name, m in models.items():
         m.to(device)
-        rows[name] = dict(params=sum(p.numel() for p in m.parameters()) / 1e6, macs=gmacs(m.eval(), shape), forward=[], train=[])
+        rows[name] = dict(params=sum(p.numel() for p in m.parameters()) / 1e6, macs=gmacs(m, shape), forward=[], train=[])
         run = torch.compile(m) if args.compile else m
 
         def forward(m=m, run=run):
@@ -296,14 +297,14 @@ def pipeline(args):
         return statistics.median(times)
 
     def bare_decord(path):
-        reader = data.open_video(path)
+        reader = data.import_decord().VideoReader(path, num_threads=1)
         reader.get_batch(np.unique(choose(len(reader)))).asnumpy()
 
     def sample(path, transform):
         video = transform(data.read_clip(path, choose)).flip(-1)
         return video.transpose(0, 1).contiguous()
 
-    plain, augmented = data.train_transform(size), data.train_transform(size, magnitude=21)
+    plain, augmented = data.TrainTransform(size), data.TrainTransform(size, magnitude=21)
     with tempfile.TemporaryDirectory() as folder:
         sets = {"SSV1-like frame folders, 45 x 176 x 100": make_ssv1_like(Path(folder))}
         if args.webm:

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import CTM, PTM, SMEM, STDM, build_model, is_clip_parameter, load_clip, resize_positions
+from model import PTM, SMEM, STDM, build_model, is_clip_parameter, load_clip, resize_positions
 
 # ----------------------------------------------------------------------------------------------------
 # A whole ViT-B/16 against open_clip
@@ -50,8 +50,8 @@ def clip_tokens(clip, stem_tokens):
 
 @pytest.fixture(scope="module")
 def parallel_tokens(clip, stem_tokens):
-    """The same with attention and FFN side by side in the last four layers, where b16 has PTMs."""
-    x = stem_tokens
+    """The first of these frames, with attention and FFN side by side in the last four layers, where b16 has PTMs."""
+    x = stem_tokens[:1]
     for i, block in enumerate(clip.visual.transformer.resblocks):
         if i < 8:
             x = block(x)
@@ -62,13 +62,19 @@ def parallel_tokens(clip, stem_tokens):
 
 @pytest.fixture(scope="module")
 def b16():
-    """Built once, as building takes longer than loading. SMEM is absent: it stands in the way of fact 2."""
+    """Without PTM and SMEM, each CTM silenced: what it adds is zero. Built once, as building takes longer than loading."""
     torch.manual_seed(1)
-    return build_model("b16", num_frames=4, ptm_layers=(), smem_layers=()).eval().requires_grad_(False)
+    model = build_model("b16", num_frames=4, ptm_layers=(), smem_layers=()).eval().requires_grad_(False)
+    for ctm in model.ctm:
+        for layer in (ctm.out_proj, ctm.mlp.c_proj):
+            layer.weight.zero_()
+            layer.bias.zero_()
+    return model
 
 
 @pytest.fixture(scope="module")
 def b16_ptm():
+    """With PTMs, and CTMs that do work."""
     torch.manual_seed(1)
     return build_model("b16", num_frames=4, smem_layers=()).eval().requires_grad_(False)
 
@@ -131,9 +137,223 @@ def test_a_loaded_model_starts_from_clip(name, clip, b16, b16_ptm, video, clip_t
     assert counts == [(tensors, len(list(m.parameters())) - tensors) for m in (b16, b16_ptm)]
 
     x, y = b16.forward_features(video)
-    assert (x[0] - clip_tokens).abs().max() < 1e-4                                      # fact 1
-    assert (x[0] - parallel_tokens).abs().max() > 1
+    assert (x[0] - clip_tokens).abs().max() < 1e-4          # fact 1: x is CLIP, run on the frames in the centre of the kernel
+    assert (y.flatten(2, 3) - x[:, :, 1:]).abs().max() < 1e-4                           # fact 2: y is the patches of x
 
-    x, _ = b16_ptm.forward_features(video)
-    assert (x[0] - parallel_tokens).abs().max() < 1e-4                                  # fact 3
-    print((x[0]-parallel_tokens).abs().max(), x.abs().max(), (clip_tokens-parallel_tokens).abs().max())
+    x, y = b16_ptm.forward_features(video[:, :, :2])        # one token frame: half the time
+    assert (x[0] - parallel_tokens).abs().max() < 1e-4                                  # fact 3: CLIP's layers side by side
+    assert (clip_tokens[:1] - parallel_tokens).abs().max() > 0.1                        # ... which is another function
+    assert (y.flatten(2, 3) - x[:, :, 1:]).abs().max() > 0.1                            # and a y at work does not disturb x
+
+
+def test_l14_has_the_names_and_shapes_of_open_clip():
+    open_clip = pytest.importorskip("open_clip")
+    with torch.device("meta"):                              # nothing is allocated
+        theirs = open_clip.create_model("ViT-L-14-quickgelu", device="meta").visual.state_dict()
+        model = build_model("l14")
+    theirs = {k.replace("transformer.resblocks", "blocks"): tuple(v.shape) for k, v in theirs.items() if k != "proj"}
+    ours = {k: tuple(v.shape) for k, v in model.state_dict().items() if is_clip_parameter(k, model.config)}
+    assert ours.pop("conv1.weight") == (1024, 3, 3, 14, 14) and theirs.pop("conv1.weight") == (1024, 3, 14, 14)
+    assert ours == theirs
+
+
+# ----------------------------------------------------------------------------------------------------
+# Details, on a file of CLIP's form for the small model of these tests
+# ----------------------------------------------------------------------------------------------------
+
+
+def tiny(**overrides):
+    torch.manual_seed(0)
+    size = dict(dim=32, depth=3, heads=4, patch_size=8, image_size=32, num_frames=8, num_classes=5)
+    return build_model("tiny", **{**size, **overrides})
+
+
+def small_clip(dim=32, depth=3, patch=8, positions=17):
+    """Random tensors under CLIP's names: an image tower, and one tensor of a text tower."""
+    shapes = {"class_embedding": [dim], "positional_embedding": [positions, dim], "proj": [dim, 16], "conv1.weight": [dim, 3, patch, patch]}
+    for ln in ("ln_pre", "ln_post"):
+        shapes |= {ln + ".weight": [dim], ln + ".bias": [dim]}
+    for i in range(depth):
+        shapes |= {f"transformer.resblocks.{i}.{name}": shape for name, shape in {
+            "ln_1.weight": [dim], "ln_1.bias": [dim], "ln_2.weight": [dim], "ln_2.bias": [dim],
+            "attn.in_proj_weight": [3 * dim, dim], "attn.in_proj_bias": [3 * dim],
+            "attn.out_proj.weight": [dim, dim], "attn.out_proj.bias": [dim],
+            "mlp.c_fc.weight": [4 * dim, dim], "mlp.c_fc.bias": [4 * dim],
+            "mlp.c_proj.weight": [dim, 4 * dim], "mlp.c_proj.bias": [dim]}.items()}
+    generator = torch.Generator().manual_seed(3)
+    state = {"visual." + name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return {**state, "transformer.resblocks.0.ln_1.weight": torch.zeros(7)}
+
+
+def saved(state, tmp_path):
+    torch.save(state, tmp_path / "clip.pt")
+    return tmp_path / "clip.pt"
+
+
+@pytest.mark.parametrize("kernel", (1, 3, 5))
+def test_every_tensor_of_the_file_lands_where_it_belongs(kernel, tmp_path):
+    model, state = tiny(stem_kernel=kernel), small_clip()
+    loaded, new = load_clip(model, saved(state, tmp_path))
+    assert loaded + new == len(list(model.parameters()))
+    assert loaded == len([k for k in state if k.startswith("visual.")]) - 1             # all but the projection to text
+    own = model.state_dict()
+    for name, tensor in state.items():
+        name = name.removeprefix("visual.")
+        if name == "conv1.weight":
+            assert torch.equal(own[name][:, :, kernel // 2], tensor)
+            assert own[name].count_nonzero() == tensor.count_nonzero()                  # the other frames' slices are zero
+        elif name.startswith("transformer") and len(tensor) == 7 or name == "proj":
+            continue                                                                    # the text side of CLIP
+        else:
+            assert torch.equal(own[name.replace("transformer.resblocks", "blocks")], tensor), name
+
+
+def outputs_added_to_x(model):
+    """The last layer of each new path into the ST-branch, by module name, for a model with all of them."""
+    paths = {f"blocks.{i}.dpe.expand" for i, m in enumerate(model.blocks) if isinstance(m, PTM)}
+    if model.config.ptm_shortcut == "identity":             # as a shortcut it carries x itself
+        paths |= {f"blocks.{i}.conv.expand" for i, m in enumerate(model.blocks) if isinstance(m, PTM)}
+    paths |= {f"stdm.{i}.pointwise" for i, m in enumerate(model.stdm) if isinstance(m, STDM)}
+    return paths | {f"smem_st.{i}.conv_out" for i, m in enumerate(model.smem_st) if isinstance(m, SMEM)}
+
+
+@pytest.mark.parametrize("variant", [dict(), dict(smem_branch="both"), dict(smem_branch="spatiotemporal", head="fused"),
+                                     dict(ptm_shortcut="conv"), dict(ptm_conv="attention3d", learn_fusion=False)], ids=str)
+def test_what_load_clip_zeroes_and_what_it_leaves(variant, tmp_path):
+    model = tiny(**variant)
+    for p in model.parameters():
+        nn.init.normal_(p)                                  # biases too, so that every zero is load_clip's
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    load_clip(model, saved(small_clip(), tmp_path))
+    silenced = outputs_added_to_x(model)
+    assert len(silenced) == {"ptm_shortcut": 3}.get(next(iter(variant), None), 4) + ("smem_branch" in variant)
+    for name, p in model.named_parameters():
+        if name.rpartition(".")[0] in silenced:
+            assert not p.any(), name
+        elif not is_clip_parameter(name, model.config):     # among them CTM's output projection and the T-branch's SMEM
+            assert torch.equal(p, before[name]), name
+
+
+def test_gradients_after_load_clip(tmp_path):
+    model = tiny(smem_branch="both").double().train()
+    load_clip(model, saved(small_clip(), tmp_path))
+    video, labels = torch.randn(2, 3, 8, 32, 32, dtype=torch.float64), torch.tensor([1, 3])
+
+    def without_gradient():
+        model.zero_grad()
+        F.cross_entropy(model(video), labels).backward()
+        return {name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-11}
+
+    # At first only what lies before a zeroed layer waits; the zeroed layers themselves get going at once.
+    silenced = outputs_added_to_x(model)
+    waiting = tuple(path.rpartition(".")[0] + "." for path in silenced) + tuple(f"blocks.{i}.beta" for i in model.config.ptm_layers)
+    idle = without_gradient()
+    assert idle and all(name.startswith(waiting) and name.rpartition(".")[0] not in silenced for name in idle)
+
+    for path in silenced:
+        nn.init.normal_(model.get_submodule(path).weight, std=0.1)
+    assert not without_gradient()
+
+
+def test_positions_are_resized_for_another_image_size(tmp_path):
+    state = {name: tensor.half() for name, tensor in small_clip().items()}              # as OpenAI's; resized in float32
+    positions = state["visual.positional_embedding"].float()
+    square = positions[1:].T.reshape(1, 32, 4, 4)           # (1, D, H, W), rows of the table run along W first
+    square = F.interpolate(square, size=(6, 6), mode="bicubic", align_corners=False)
+    expected = torch.cat([positions[:1], square.reshape(32, 36).T])
+
+    model = tiny(image_size=48)
+    load_clip(model, saved(state, tmp_path))
+    torch.testing.assert_close(model.positional_embedding.data, expected)
+    assert torch.equal(resize_positions(positions, (4, 4)), positions)                  # untouched where nothing changes
+
+    small = tiny()                                          # a clip of 48 pixels in a model built for 32 sees the same positions
+    load_clip(small, saved(state, tmp_path))
+    video = torch.randn(1, 3, 8, 48, 48)
+    torch.testing.assert_close(small.stem(video)[0], model.stem(video)[0])
+
+
+# ----------------------------------------------------------------------------------------------------
+# What does not fit
+# ----------------------------------------------------------------------------------------------------
+
+
+def test_a_dropped_key_is_named(tmp_path):
+    for name in small_clip():
+        if name.startswith("visual.") and name not in ("visual.proj", "visual.positional_embedding"):
+            state = small_clip()
+            del state[name]
+            with pytest.raises(ValueError, match=re.escape(name.removeprefix("visual.").replace("transformer.resblocks", "blocks"))):
+                load_clip(tiny(), saved(state, tmp_path))
+
+
+def test_dropped_positions_are_named(tmp_path):
+    state = small_clip()
+    del state["visual.positional_embedding"]                # OpenAI's ResNets have none at this place
+    with pytest.raises(ValueError, match="missing: positional_embedding"):
+        load_clip(tiny(), saved(state, tmp_path))
+
+
+@pytest.mark.parametrize("surplus", ("adapter.weight", "transformer.resblocks.3.ln_1.weight", "transformer.resblocks.1.ls_1.gamma"))
+def test_a_surplus_key_is_named(surplus, tmp_path):
+    state = {**small_clip(), "visual." + surplus: torch.zeros(32)}
+    with pytest.raises(ValueError, match=re.escape("left over: " + surplus.replace("transformer.resblocks", "blocks"))):
+        load_clip(tiny(), saved(state, tmp_path))
+
+
+@pytest.mark.parametrize("name, shape", [("conv1.weight", (32, 3, 16, 16)), ("ln_post.bias", (31,)), ("positional_embedding", (17, 48)),
+                                         ("transformer.resblocks.2.attn.in_proj_weight", (32, 96))])
+def test_a_misshapen_key_is_named_with_both_shapes(name, shape, tmp_path):
+    model, state = tiny(), small_clip()
+    state["visual." + name] = torch.zeros(shape)
+    name = name.replace("transformer.resblocks", "blocks")
+    with pytest.raises(ValueError, match=re.escape(f"shape of {name}: file {shape}, model {tuple(model.state_dict()[name].shape)}")):
+        load_clip(model, saved(state, tmp_path))
+
+
+def test_a_refused_file_leaves_the_model_as_it_was(tmp_path):
+    model, untouched = tiny(), tiny().state_dict()
+    with pytest.raises(ValueError):
+        load_clip(model, saved(small_clip(dim=48), tmp_path))
+    assert all(torch.equal(v, untouched[k]) for k, v in model.state_dict().items())
+
+
+def test_a_file_for_another_size_says_so(tmp_path):
+    file = saved(small_clip(dim=48, depth=4), tmp_path)
+    with pytest.raises(ValueError, match=r"(?s)clip\.pt does not fit this model \(width 32, depth 3, patch 8\); is it the file for another"
+                                         r" --model\?.*left over: blocks\.3\.ln_1.*shape of ln_pre\.bias: file \(48,\), model \(32,\)"):
+        load_clip(tiny(), file)
+
+
+def test_a_file_that_is_no_clip_says_so(tmp_path):
+    file = saved({"layer1.0.weight": torch.zeros(3), "fc.weight": torch.zeros(3)}, tmp_path)
+    with pytest.raises(ValueError, match=r"clip\.pt: no CLIP vision transformer in it .*found layer1\.0\.weight, fc\.weight"):
+        load_clip(tiny(), file)
+    with pytest.raises(FileNotFoundError, match="nowhere.pt"):
+        load_clip(tiny(), tmp_path / "nowhere.pt")
+    (tmp_path / "notes.pt").write_text("not a checkpoint")
+    with pytest.raises(ValueError, match=r"notes\.pt: not a file that PyTorch wrote"):
+        load_clip(tiny(), tmp_path / "notes.pt")
+
+
+@pytest.mark.parametrize("size, patch, name, file", [("b16", 16, "ViT-B-16-quickgelu", "ViT-B-16.pt"),
+                                                     ("l14", 14, "ViT-L-14-quickgelu", "ViT-L-14.pt")])
+def test_openai_without_a_network_says_what_to_fetch_and_where_to_pass_it(size, patch, name, file, monkeypatch):
+    open_clip = pytest.importorskip("open_clip")
+    asked = []
+
+    def offline(name, pretrained):
+        asked.append((name, pretrained))
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(open_clip, "create_model", offline)
+    with torch.device("meta"):
+        model = build_model(size, depth=1, image_size=2 * patch)
+    with pytest.raises(ConnectionError, match=rf"no route to host.* https://\S+/{re.escape(file)} .*--clip FILE"):
+        load_clip(model, "openai")
+    assert asked == [(name, "openai")]
+
+
+def test_openai_has_nothing_for_other_widths():
+    with pytest.raises(ValueError, match="not for width 32 and patch 8; use --clip none"):
+        load_clip(tiny(), "openai")

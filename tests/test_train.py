@@ -1,0 +1,567 @@
+"""train.py: schedule, sampler, flags, checkpoints, exact resume, stopping, several processes.
+
+    python -m pytest -q tests/test_train.py
+"""
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import train
+from evaluate import load_checkpoint
+from model import build_model
+
+ROOT = Path(__file__).resolve().parent.parent
+CLASSES = ["Pulling something from left to right", "Pulling something from right to left", "Showing something, then hiding it"]
+TIMING = ("clips_per_s", "data_wait", "memory_gib")     # of a log row; they differ from run to run
+DOCUMENTED = {"model", "optimizer", "scaler", "epoch", "step", "step_in_epoch", "best", "model_config", "classes", "mean", "std", "args"}
+SMALL = ("--dataset ssv1 --clip none --model tiny --dim 32 --depth 2 --heads 2 --num_frames 4 --image_size 16 --patch_size 8 --epochs 2 "
+         "--warmup_epochs 0.5 --batch_size 4 --lr 1e-3 --randaugment 0 --crop_scale 0.5 --workers 0 --device cpu --log_every 1").split()
+PLAIN = "--drop_path 0 --ctm_drop_path 0 --ctm_dropout 0 --head_dropout 0".split()                     # no dropout of any kind
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def write_clips(root, classes=CLASSES, train=18, validation=6):
+    """A data set in Something-Something V1's layout: a bright bar goes right, left, or blinks, over noise."""
+    rng, number = np.random.default_rng(0), 0
+    root.mkdir()
+    (root / "something-something-v1-labels.csv").write_text("".join(c + "\n" for c in classes))
+    for split, n in (("train", train), ("validation", validation)):
+        lines = []
+        for i in range(n):
+            number, kind, frames = number + 1, i % 3, 6 + i % 3
+            folder = root / "20bn-something-something-v1" / str(number)
+            folder.mkdir(parents=True)
+            for t in range(frames):
+                picture = rng.integers(0, 90, (16, 20, 3), dtype=np.uint8)
+                if kind < 2:
+                    x = 2 * t if kind == 0 else 16 - 2 * t
+                    picture[:, x:x + 4] = 250
+                elif t % 2:
+                    picture[:] = 250
+                Image.fromarray(picture).save(folder / f"{t + 1:05d}.png")
+            lines.append(f"{number};{classes[i % len(classes)]}\n")
+        (root / f"something-something-v1-{split}.csv").write_text("".join(lines))
+    return root
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """18 training clips, so four steps of 4 an epoch (two clips are left over), and 6 for validation."""
+    return write_clips(tmp_path_factory.mktemp("train") / "clips")
+
+
+def train_here(clips, out, *flags):
+    """train.py in this process, which keeps its signal handlers, and one thread: models as small as these gain nothing from more."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "set_num_threads", lambda n: None)
+            train.main([*SMALL, "--data_root", str(clips), "--out_dir", str(out), *flags])
+            assert {s: signal.getsignal(s) for s in handlers} == handlers
+    finally:
+        for number, handler in handlers.items():        # train.py may have stopped with an error
+            signal.signal(number, handler)
+
+
+def run(clips, out, *flags):
+    """The same; returns its last checkpoint and the rows of its log."""
+    train_here(clips, out, *flags)
+    return load_checkpoint(out / "last.pt"), read_log(out)
+
+
+def read_log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def losses(rows):
+    return [row["loss"] for row in rows if row["kind"] == "train"]
+
+
+def same(a, b):
+    """Equal to the last bit, through dicts and lists of tensors."""
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_close_weights(a, b, atol=1e-4):
+    """Two runs that differ in the order of their sums only. A bias of keys has no gradient but rounding, which AdamW scales up."""
+    for name, value in a["model"].items():
+        other = b["model"][name]
+        if name.endswith("in_proj_bias"):
+            (query, _, v), (query2, _, v2) = value.chunk(3), other.chunk(3)
+            value, other = torch.cat([query, v]), torch.cat([query2, v2])
+        assert torch.allclose(value, other, atol=atol), name
+
+
+def untimed(rows):
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
+
+
+def on_two_ranks(clips, out, *flags):
+    """What torchrun --nproc_per_node=2 starts, without its agent: it would cost another process start."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    command = [sys.executable, str(ROOT / "train.py"), *SMALL, "--data_root", str(clips), "--out_dir", str(out), *flags]
+    common = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", OMP_NUM_THREADS="1")
+    ranks = [subprocess.Popen(command, env=dict(common, RANK=str(r), LOCAL_RANK=str(r)), text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for r in range(2)]
+    try:
+        printed = [p.communicate(timeout=120)[0] for p in ranks]
+    finally:
+        for p in ranks:
+            p.kill()
+    assert [p.returncode for p in ranks] == [0, 0], "\n".join(printed)
+    return load_checkpoint(out / "last.pt"), read_log(out)
+
+
+# ----- pure helpers -----
+
+
+def test_get_lr_at_its_corners():
+    lr = [train.get_lr(step, total=100, warmup=10, peak=1.0, floor=0.1) for step in range(101)]
+    assert lr[0] == pytest.approx(0.1) and lr[4] == pytest.approx(0.5) and lr[9] == 1.0 and lr[10] == 1.0
+    assert lr[55] == pytest.approx(0.55)                # half way down the cosine
+    assert lr[100] == pytest.approx(0.1) and lr[99] > 0.1
+    assert all(a > b for a, b in zip(lr[10:], lr[11:]))
+    assert train.get_lr(0, total=5, warmup=0, peak=2.0) == 2.0         # no warm-up
+    assert train.get_lr(4, total=5, warmup=5, peak=2.0) == 2.0 and math.isfinite(train.get_lr(5, total=5, warmup=5, peak=2.0))
+
+
+def test_param_groups_hold_each_trainable_parameter_once():
+    model = build_model("tiny", dim=32, depth=3, heads=2, image_size=16, num_classes=3, head="fused")
+    model.blocks[0].ln_1.weight.requires_grad = False
+    groups = train.param_groups(model, weight_decay=0.05, clip_lr_scale=0.1)
+    listed = [id(p) for g in groups for p in g["params"]]
+    assert len(listed) == len(set(listed)) and set(listed) == {id(p) for p in model.parameters() if p.requires_grad}
+    for g in groups:
+        assert all((p.ndim > 1) == (g["weight_decay"] == 0.05) and p.ndim > 0 or g["weight_decay"] == 0 for p in g["params"])
+    scale = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
+    names = dict(model.named_parameters())
+    for name, expected in {"conv1.weight": 0.1, "positional_embedding": 0.1, "blocks.1.attn.in_proj_weight": 0.1, "ln_post.bias": 0.1,
+                           "blocks.2.alpha": 1.0, "ctm.0.out_proj.weight": 1.0, "head.weight": 1.0, "gate": 1.0}.items():
+        assert scale[id(names[name])] == expected, name
+
+
+def test_sampler_deals_each_clip_at_most_once_per_epoch():
+    steps = list(train.StepSampler(18, 4, 0, 12, seed=0, rank=0, world=1))
+    assert len(steps) == len(train.StepSampler(18, 4, 0, 12, 0, 0, 1)) == 12
+    orders = []
+    for epoch in range(3):
+        items = sum(steps[4 * epoch:4 * epoch + 4], [])
+        assert {e for e, _ in items} == {epoch}
+        orders.append([i for _, i in items])
+        assert len(set(orders[-1])) == 16 and set(orders[-1]) <= set(range(18))
+    assert orders[0] != orders[1] != orders[2]
+    assert steps != list(train.StepSampler(18, 4, 0, 12, seed=1, rank=0, world=1))
+
+
+def test_sampler_on_two_ranks_and_from_the_middle():
+    whole = list(train.StepSampler(18, 4, 0, 12, seed=0, rank=0, world=1))
+    ranks = [list(train.StepSampler(18, 4, 0, 12, seed=0, rank=r, world=2)) for r in range(2)]
+    for batch, a, b in zip(whole, *ranks, strict=True):
+        assert len(a) == len(b) == 2 and sorted(a + b) == sorted(batch)
+    assert list(train.StepSampler(18, 4, 5, 12, seed=0, rank=0, world=1)) == whole[5:]
+
+
+def test_recipes_are_real_flags_and_explicit_flags_win(monkeypatch, capsys):
+    for flags, recipe in ((["--dataset", "ssv1"], "paper"), (["--dataset", "ssv2"], "paper"), ([], "toy"), (["--dataset", "ssv2", "--recipe", "toy"], "toy")):
+        args = train.get_args(flags)
+        assert all(getattr(args, k) == v for k, v in train.RECIPES[recipe].items()) and args.recipe == recipe
+        assert args.data_root == f"datasets/{args.dataset}" and args.out_dir == f"out/{args.dataset}"
+    args = train.get_args(["--dataset", "ssv2", "--lr", "3e-5", "--clip", "none", "--epochs", "7", "--data_root", "elsewhere", "--drop_path", "0"])
+    assert (args.lr, args.clip, args.epochs, args.data_root, args.drop_path) == (3e-5, "none", 7, "elsewhere", 0.0)
+    assert args.batch_size == 16 and train.get_args([]).dataset == "toy"
+    with pytest.raises(SystemExit) as e:
+        train.get_args(["--learning_rate", "1"])
+    assert e.value.code == 2 and "--learning_rate" in capsys.readouterr().err
+    monkeypatch.setitem(train.RECIPES, "toy", dict(train.TOY, learning_rate=1))
+    with pytest.raises(AssertionError, match="learning_rate"):
+        train.get_args([])
+
+
+def test_cut_log_drops_what_lies_beyond_the_checkpoint(tmp_path):
+    log = tmp_path / "log.jsonl"
+    train.cut_log(log, 3)                               # no log yet: fine
+    rows = [dict(kind="train", step=2), dict(kind="train", step=4), dict(kind="eval", step=4), dict(kind="train", step=6)]
+    log.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    train.cut_log(log, 4)
+    assert [json.loads(line) for line in log.read_text().splitlines()] == rows[:3]
+    assert [p.name for p in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+def test_cut_log_survives_a_line_half_written(tmp_path):
+    log = tmp_path / "log.jsonl"                        # as a killed process or a full disk leaves it
+    log.write_text(json.dumps(dict(kind="train", step=2)) + "\n" + '{"kind": "train", "st')
+    train.cut_log(log, 4)
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [2]
+
+
+def test_save_checkpoint_is_atomic(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    train.save_checkpoint(path, dict(step=1))
+
+    def half(obj, file, *_):
+        Path(file).write_bytes(b"half of it")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError):
+        train.save_checkpoint(path, dict(step=2))
+    assert torch.load(path, weights_only=True) == dict(step=1)
+
+
+# ----- a run -----
+
+
+@pytest.fixture(scope="module")
+def finished(clips, tmp_path_factory):
+    """One short run with everything random switched on: (folder, its last checkpoint, its log)."""
+    out = tmp_path_factory.mktemp("train") / "finished"
+    return (out, *run(clips, out, *EVERYTHING))
+
+
+# The recipe's dropouts come with --dataset ssv1; the rest that is random:
+EVERYTHING = "--mixup 0.8 --cutmix 1.0 --randaugment 9 --seed 5".split()
+
+
+def test_a_run_writes_what_is_documented(finished, clips):
+    out, checkpoint, rows = finished
+    raw = torch.load(out / "last.pt", map_location="cpu", weights_only=True)
+    assert set(raw) == DOCUMENTED
+    assert (raw["epoch"], raw["step"], raw["step_in_epoch"]) == (2, 8, 0)
+    assert raw["classes"] == sorted(CLASSES) and raw["model_config"]["num_classes"] == 3 and raw["args"]["mixup"] == 0.8
+    assert tuple(raw["mean"]) == data.CLIP_MEAN and tuple(raw["std"]) == data.CLIP_STD
+    assert {p.name for p in out.iterdir()} - {"curves.png"} == {"last.pt", "best.pt", "log.jsonl", "config.json"}
+    assert json.loads((out / "config.json").read_text())["model_config"]["dim"] == 32
+
+    steps = [r for r in rows if r["kind"] == "train"]
+    assert [r["step"] for r in steps] == list(range(1, 9))
+    assert all(set(r) == {"kind", "step", "epoch", "loss", "lr", "grad_norm", *TIMING} for r in steps)
+    assert [r["lr"] for r in steps] == pytest.approx([train.get_lr(s, 8, 2, 1e-3, 1e-6) for s in range(8)])
+    assert steps[4]["epoch"] == 1.25 and all(0 <= r["data_wait"] <= 1 and r["memory_gib"] > 0.01 for r in steps)
+    evals = [r for r in rows if r["kind"] == "eval"]
+    assert all(set(r) == {"kind", "step", "epoch", "top1", "top5", "clips"} for r in evals)
+    assert [(r["step"], r["epoch"], r["clips"], r["top5"]) for r in evals] == [(4, 1, 6, 100.0), (8, 2, 6, 100.0)]
+    best = load_checkpoint(out / "best.pt")
+    assert best["best"] == raw["best"] == max(r["top1"] for r in evals)
+
+
+def test_curves_are_drawn(finished):
+    pytest.importorskip("matplotlib")
+    with Image.open(finished[0] / "curves.png") as picture:
+        assert picture.width > 500
+
+
+@pytest.mark.parametrize("stop", [3, 6])
+def test_resume_is_exact_to_the_last_bit(finished, clips, tmp_path, stop):
+    # Stopped in the middle of an epoch, gone on with another number of workers: the run that was never stopped.
+    _, expected, expected_rows = finished
+    half, _ = run(clips, tmp_path / "out", *EVERYTHING, "--max_steps", str(stop))
+    assert (half["step"], half["epoch"], half["step_in_epoch"]) == (stop, stop // 4, stop % 4)
+    with open(tmp_path / "out" / "log.jsonl", "a") as f:                # as if it had been killed some steps after it saved
+        f.write(json.dumps(dict(kind="train", step=stop + 1, loss=123.0)) + "\n")
+    resumed, rows = run(clips, tmp_path / "out", *EVERYTHING, "--resume", "--workers", "2")
+    assert same(resumed["model"], expected["model"]) and not same(half["model"], expected["model"])
+    assert same(resumed["optimizer"], expected["optimizer"])
+    assert untimed(rows) == untimed(expected_rows)
+    assert {k: resumed[k] for k in ("step", "epoch", "step_in_epoch", "best")} == {k: expected[k] for k in ("step", "epoch", "step_in_epoch", "best")}
+
+
+def test_a_restart_by_torchrun_resumes_by_itself(finished, clips, tmp_path, monkeypatch):
+    run(clips, tmp_path / "out", *EVERYTHING, "--max_steps", "5")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    resumed, _ = run(clips, tmp_path / "out", *EVERYTHING)
+    assert same(resumed["model"], finished[1]["model"])
+
+
+def test_a_restart_before_the_first_checkpoint_starts_anew(clips, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()                                         # the first attempt came as far as this, then its node went down
+    (out / "config.json").write_text("{}\n")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert run(clips, out, "--max_steps", "1")[0]["step"] == 1
+
+
+def test_overfits_one_batch(tmp_path):
+    clips = write_clips(tmp_path / "clips", train=6, validation=2)
+    _, rows = run(clips, tmp_path / "out", *PLAIN, "--batch_size", "6", "--epochs", "60", "--warmup_epochs", "5", "--lr", "3e-3", "--no-flip",
+                  "--crop_scale", "1", "--label_smoothing", "0", "--eval_every", "60", "--save_minutes", "60")
+    assert losses(rows)[0] > 0.9 and losses(rows)[-1] < 0.1, losses(rows)[::10]
+
+
+def test_micro_batches_are_the_full_batch(clips, tmp_path):
+    flags = [*PLAIN, "--freeze_bn", "--max_steps", "3"]
+    full, full_rows = run(clips, tmp_path / "full", *flags)
+    micro, micro_rows = run(clips, tmp_path / "micro", *flags, "--micro_batch", "1")
+    assert losses(full_rows) == pytest.approx(losses(micro_rows), abs=1e-5)
+    assert_close_weights(full, micro)
+
+
+def test_freeze_bn_leaves_the_running_statistics(clips, tmp_path):
+    frozen, _ = run(clips, tmp_path / "frozen", "--freeze_bn", "--max_steps", "2")
+    moving, _ = run(clips, tmp_path / "moving", "--max_steps", "2")
+    means = [k for k in frozen["model"] if k.endswith("running_mean")]
+    assert means and all((frozen["model"][k] == 0).all() and (moving["model"][k] != 0).any() for k in means)
+
+
+def test_activation_checkpointing_changes_nothing(clips, tmp_path):
+    flags = ["--max_steps", "2"]                        # with the recipe's dropouts
+    plain, checkpointed = run(clips, tmp_path / "a", *flags)[0], run(clips, tmp_path / "b", *flags, "--checkpointing")[0]
+    assert same(plain["model"], checkpointed["model"])
+
+
+# ----- stopping -----
+
+
+def at_call(monkeypatch, number, action):
+    """Let the number-th training step (from 0) see action(video) in place of its normalised video."""
+    plain, calls = data.normalize, []
+
+    def normalize(video, *args):
+        calls.append(1)
+        return action(plain(video, *args)) if len(calls) == number + 1 else plain(video, *args)
+
+    monkeypatch.setattr(data, "normalize", normalize)
+
+
+def test_sigterm_finishes_the_step_saves_and_can_be_resumed(finished, clips, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        at_call(patch, 2, lambda video: os.kill(os.getpid(), signal.SIGTERM) or video)
+        stopped, _ = run(clips, tmp_path / "out", *EVERYTHING)
+    assert stopped["step"] == 3 and "stopped after step 3 of 8" in capsys.readouterr().out
+    resumed, rows = run(clips, tmp_path / "out", *EVERYTHING, "--resume")
+    assert same(resumed["model"], finished[1]["model"]) and untimed(rows) == untimed(finished[2])
+
+
+def test_sigterm_to_the_whole_process_group_saves_too(clips, tmp_path):
+    # torchrun and job schedulers signal the data workers along with the process that trains.
+    out = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *SMALL, "--data_root", str(clips), "--out_dir", str(out), "--epochs", "5000",
+                                "--eval_every", "5000", "--workers", "2"], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               start_new_session=True, env=dict(os.environ, LOCAL_WORLD_SIZE=str(os.cpu_count())))      # one thread
+    try:
+        until = time.time() + 60
+        while time.time() < until and process.poll() is None and not ((out / "log.jsonl").is_file() and len(read_log(out)) > 5):
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGTERM)
+        printed, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, printed[-3000:]
+    step = load_checkpoint(out / "last.pt")["step"]
+    assert f"stopped after step {step} of" in printed and read_log(out)[-1]["step"] == step
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(clips, tmp_path, monkeypatch):
+    at_call(monkeypatch, 5, lambda video: video * math.nan)
+    with pytest.raises(FloatingPointError) as e:
+        run(clips, tmp_path / "out", "--eval_every", "9")
+    batch = list(train.StepSampler(18, 4, 5, 6, seed=0, rank=0, world=1))[0]
+    ids, text = data.read_annotations("ssv1", clips, "train")[0], str(e.value)
+    assert "nan" in text and "step 5" in text and all(f" {ids[i].decode()}" in text for _, i in batch) and "\n" not in text
+    last = load_checkpoint(tmp_path / "out" / "last.pt")
+    assert last["step"] == 4 and all(v.isfinite().all() for v in last["model"].values() if v.is_floating_point())
+
+
+@pytest.mark.parametrize("log_every", ["1", "20"])      # noticed at once, or one step later
+def test_the_report_of_a_bad_loss_has_the_learning_rate_of_its_step(clips, tmp_path, monkeypatch, log_every):
+    at_call(monkeypatch, 5, lambda video: video * math.nan)
+    with pytest.raises(FloatingPointError) as e:
+        run(clips, tmp_path / "out", "--eval_every", "9", "--log_every", log_every, "--clip_lr_scale", "0.1")
+    assert f"lr {train.get_lr(5, 8, 2, 1e-3, 1e-6):.2e}" in str(e.value)       # as the log would have it, not a group's share
+
+
+def test_last_pt_is_never_overwritten_by_a_step_that_is_not_finite(clips, tmp_path, monkeypatch):
+    at_call(monkeypatch, 5, lambda video: video * math.nan)
+    with pytest.raises(FloatingPointError):
+        run(clips, tmp_path / "out", "--eval_every", "9", "--log_every", "20", "--save_minutes", "0")       # saves after every step
+    last = load_checkpoint(tmp_path / "out" / "last.pt")
+    assert last["step"] == 5 and all(v.isfinite().all() for v in last["model"].values() if v.is_floating_point())
+
+
+# ----- refusals -----
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--dim", "40"], ["dim: checkpoint 32, now 40"]),
+    (["--batch_size", "2"], ["batch_size: checkpoint 4, now 2"]),
+    (["--seed", "6", "--stdm_layers"], ["seed: checkpoint 5, now 6", "stdm_layers: checkpoint (0,), now ()"]),     # every difference
+])
+def test_resume_refuses_another_run(finished, clips, flags, words):
+    before = {p: p.read_bytes() for p in finished[0].iterdir()}
+    with pytest.raises(ValueError) as e:
+        run(clips, finished[0], *EVERYTHING, "--resume", *flags)
+    assert all(w in str(e.value) for w in words), e.value
+    assert {p: p.read_bytes() for p in finished[0].iterdir()} == before
+
+
+def test_resume_refuses_other_classes(finished, tmp_path):
+    other = write_clips(tmp_path / "other", classes=[*CLASSES[:2], "Waving something"])
+    with pytest.raises(ValueError, match="Showing something, then hiding it.*Waving something"):
+        run(other, finished[0], *EVERYTHING, "--resume")
+
+
+def test_folders_and_batches_that_do_not_fit_are_refused(finished, clips, tmp_path):
+    with pytest.raises(ValueError, match="not empty.*--resume"):
+        run(clips, finished[0], *EVERYTHING)
+    with pytest.raises(FileNotFoundError, match="last.pt"):
+        run(clips, tmp_path / "new", "--resume")
+    with pytest.raises(ValueError, match="--batch_size 19.*18"):
+        run(clips, tmp_path / "a", "--batch_size", "19")
+    with pytest.raises(ValueError, match="--micro_batch 3"):
+        run(clips, tmp_path / "b", "--micro_batch", "3")
+    with pytest.raises(ValueError, match="heads"):
+        run(clips, tmp_path / "c", "--heads", "3")
+
+
+def test_dry_run_writes_nothing(clips, tmp_path, capsys):
+    before = sorted(clips.rglob("*"))
+    train_here(clips, tmp_path / "out", "--dry_run")
+    assert "clips/s, peak memory" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [] and sorted(clips.rglob("*")) == before
+
+
+def test_the_skip_list_counts_in_validation(clips, tmp_path, capsys):
+    (tmp_path / "skip.txt").write_text("3  # a training clip\n20\n")
+    _, rows = run(clips, tmp_path / "out", "--epochs", "1", "--skip_list", str(tmp_path / "skip.txt"))
+    assert "17 training and 5 validation clips" in capsys.readouterr().out
+    result = rows[-1]
+    assert result["kind"] == "eval" and result["clips"] == 6 and result["top5"] == pytest.approx(100 * 5 / 6)
+
+
+# ----- starting points -----
+
+
+def test_init_from_renews_the_head_for_other_classes(finished, clips, tmp_path):
+    source = finished[1]["model"]
+    still = ["--init_from", str(finished[0] / "last.pt"), "--lr", "0", "--min_lr", "0", "--max_steps", "1", "--freeze_bn"]       # a step that moves nothing
+    kept, _ = run(clips, tmp_path / "kept", *still)
+    assert same(kept["model"], source) and kept["step"] == 1
+    other = write_clips(tmp_path / "other", classes=["B", "A"])
+    renewed, _ = run(other, tmp_path / "renewed", *still)
+    for name, value in renewed["model"].items():
+        assert value.shape[0] == 2 if name.startswith("head.") else torch.equal(value, source[name]), name
+    three = write_clips(tmp_path / "three", classes=["C", "B", "A"])    # as many classes, but others
+    renewed, _ = run(three, tmp_path / "third", *still)
+    assert not torch.equal(renewed["model"]["head.weight"], source["head.weight"])
+    with pytest.raises(ValueError, match="--init_from"):
+        run(clips, tmp_path / "wider", *still, "--dim", "40")
+
+
+def test_init_from_resizes_positions():
+    model = build_model("tiny", dim=32, depth=2, heads=2, num_frames=4, image_size=32, patch_size=8, num_classes=3, smem_layers=())
+    source = build_model("tiny", dim=32, depth=2, heads=2, num_frames=4, image_size=16, patch_size=8, num_classes=3, smem_layers=())
+    train.init_from(model, dict(model=source.state_dict(), classes=CLASSES), "a.pt", CLASSES)
+    assert model.positional_embedding.shape == (17, 32) and torch.equal(model.positional_embedding[0], source.positional_embedding[0])
+
+
+def clip_file(path):
+    """CLIP's image tower of the test's size with random weights, under OpenAI's names."""
+    torch.manual_seed(1)
+    D, state = 32, {}
+    shapes = {"class_embedding": (D,), "positional_embedding": (5, D), "proj": (D, 16), "conv1.weight": (D, 3, 8, 8)}
+    for name in ("ln_pre", "ln_post"):
+        shapes |= {f"{name}.weight": (D,), f"{name}.bias": (D,)}
+    for i in range(2):
+        block = f"transformer.resblocks.{i}."
+        for name, out, width in (("attn.in_proj_", 3 * D, D), ("attn.out_proj.", D, D), ("mlp.c_fc.", 4 * D, D), ("mlp.c_proj.", D, 4 * D)):
+            shapes |= {f"{block}{name}weight": (out, width), f"{block}{name}bias": (out,)}
+        for name in ("ln_1", "ln_2"):
+            shapes |= {f"{block}{name}.weight": (D,), f"{block}{name}.bias": (D,)}
+    for name, shape in shapes.items():
+        state["visual." + name] = torch.randn(shape) * 0.1
+    state["logit_scale"] = torch.tensor(4.6)            # of the text side
+    torch.save(state, path)
+    return state
+
+
+def test_clip_weights_are_loaded_and_can_be_frozen(clips, tmp_path, capsys):
+    state = clip_file(tmp_path / "clip.pt")
+    flags = ["--clip", str(tmp_path / "clip.pt"), "--ptm_layers", "1", "--max_steps", "2", "--lr", "1e-2"]
+    frozen, _ = run(clips, tmp_path / "frozen", *flags, "--freeze_clip")
+    assert f"CLIP weights from {tmp_path / 'clip.pt'}: {len(state) - 2} tensors loaded" in capsys.readouterr().out    # but proj, logit_scale
+    free, _ = run(clips, tmp_path / "free", *flags)
+    for name, value in state.items():
+        name = name.removeprefix("visual.").replace("transformer.resblocks.", "blocks.")
+        if name in ("proj", "logit_scale"):
+            continue
+        trained = {k: c["model"][name][:, :, 1] if name == "conv1.weight" else c["model"][name] for k, c in (("frozen", frozen), ("free", free))}
+        assert torch.equal(trained["frozen"], value), name
+        assert not torch.equal(trained["free"], value), name
+    fresh = build_model("tiny", dim=32, depth=2, heads=2, num_frames=4, image_size=16, patch_size=8, num_classes=3, ptm_layers=(1,)).state_dict()
+    assert any(k.startswith("ctm.") and not torch.equal(v, fresh[k]) for k, v in frozen["model"].items())
+    assert len(frozen["optimizer"]["state"]) < len(free["optimizer"]["state"])
+
+
+# ----- several processes, GPUs -----
+
+
+def test_two_processes_train_as_one(clips, tmp_path):
+    flags = [*PLAIN, "--freeze_bn"]
+    one, one_rows = run(clips, tmp_path / "one", *flags)
+    two, two_rows = on_two_ranks(clips, tmp_path / "two", *flags)
+    assert losses(two_rows) == pytest.approx(losses(one_rows), abs=1e-5)
+    assert [r for r in two_rows if r["kind"] == "eval"] == [r for r in one_rows if r["kind"] == "eval"]
+    assert_close_weights(one, two)
+    assert two["step"] == one["step"] and two["best"] == one["best"] and two["model"].keys() == one["model"].keys()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_mixed_precision_steps(clips, tmp_path, precision, device):
+    flags = [*PLAIN, "--freeze_bn", "--device", device]
+    _, exact = run(clips, tmp_path / "fp32", *flags, "--precision", "fp32", "--max_steps", "1")
+    flags += ["--precision", precision]
+    mixed, rows = run(clips, tmp_path / "mixed", *flags)
+    assert losses(rows)[0] == pytest.approx(losses(exact)[0], abs=0.05) and all(map(math.isfinite, losses(rows)))
+    assert losses(rows)[0] != losses(exact)[0]          # it is not float32 under another name
+    assert all(v.dtype not in (torch.float16, torch.bfloat16) for v in mixed["model"].values())
+    if precision == "bf16":
+        assert mixed["scaler"] == {}                    # needs none
+    else:
+        assert mixed["scaler"]["scale"] >= 1            # starts at 65536 and halves (skipping the step) until nothing overflows
+        changed = [r["grad_norm"] for r in rows if r["kind"] == "train" and r["grad_norm"] is not None]   # null: overflowed
+        assert changed and max(changed) < 1000          # the norm is taken after unscaling
+    if device == "cpu":                                 # the scaler's state is part of what a resume needs
+        run(clips, tmp_path / "resumed", *flags, "--max_steps", "3")
+        resumed, _ = run(clips, tmp_path / "resumed", *flags, "--resume")
+        assert same(resumed["model"], mixed["model"]) and same(resumed["scaler"], mixed["scaler"])
+
+
+@cuda
+def test_compiled_steps_equal_eager(clips, tmp_path):
+    flags = [*PLAIN, "--device", "cuda", "--precision", "fp32", "--max_steps", "3"]
+    eager, eager_rows = run(clips, tmp_path / "eager", *flags)
+    compiled, rows = run(clips, tmp_path / "compiled", *flags, "--compile")
+    assert losses(rows) == pytest.approx(losses(eager_rows), abs=2e-3)
+    assert compiled["model"].keys() == eager["model"].keys()           # no _orig_mod. prefix
+
+
+@cuda
+def test_sync_batchnorm_on_two_ranks_is_batchnorm_on_one(clips, tmp_path):
+    # Two processes share the GPU (gloo); batch statistics over both must be those of the whole batch.
+    flags = [*PLAIN, "--device", "cuda", "--precision", "fp32", "--max_steps", "3"]
+    one, one_rows = run(clips, tmp_path / "one", *flags)
+    two, two_rows = on_two_ranks(clips, tmp_path / "two", *flags)
+    assert losses(two_rows) == pytest.approx(losses(one_rows), abs=2e-3)
+    for name, value in one["model"].items():
+        if "running_" in name:
+            assert torch.allclose(value, two["model"][name], atol=1e-2), name
