@@ -14,6 +14,7 @@ VideoDataset yields (video, label, index): video uint8 RGB (3, F, S, S); `normal
 Every random choice for a sample follows from (seed, epoch, index) alone: the number of workers changes nothing.
 """
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -31,7 +32,6 @@ import torch
 from PIL import Image, ImageDraw
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
-from tqdm import tqdm
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)     # RGB, of values in [0, 1]
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -44,8 +44,23 @@ def normalize(video, mean=CLIP_MEAN, std=CLIP_STD):
 
     Runs on the video's device, so that videos travel as bytes.
     """
-    mean, std = (torch.tensor(v, device=video.device).view(3, 1, 1, 1) * 255 for v in (mean, std))
-    return (video - mean) / std
+    return (video - per_channel(tuple(mean), video.device)) / per_channel(tuple(std), video.device)
+
+
+@functools.lru_cache                                    # a new tensor per step would make the GPU wait for the CPU
+def per_channel(values, device):
+    return torch.tensor(values, device=device).view(3, 1, 1, 1) * 255
+
+
+def progress(items, **options):
+    """A tqdm bar around items where a person watches, else the items themselves."""
+    if not sys.stderr.isatty():
+        return items
+    try:
+        from tqdm import tqdm
+    except ImportError:                                 # it comes with open_clip; toy and benchmark do without
+        return items
+    return tqdm(items, dynamic_ncols=True, **options)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -470,7 +485,7 @@ def make_toy(root, seed=None, train=None, validation=None):
         jobs = [(str(frames), seed, "train", i, i + 1) for i in range(train)]
         jobs += [(str(frames), seed, "validation", i, train + i + 1) for i in range(validation)]
         with multiprocessing.get_context("spawn").Pool(min(8, os.cpu_count())) as pool:
-            done = list(tqdm(pool.imap(write_toy_clip, jobs, chunksize=16), total=len(jobs), desc=f"making toy data in {root}", unit=" clips", disable=None))
+            done = list(progress(pool.imap(write_toy_clip, jobs, chunksize=16), total=len(jobs), desc=f"making toy data in {root}", unit=" clips"))
         for split, lines in ("train", done[:train]), ("validation", done[train:]):
             (aside / f"something-something-v1-{split}.csv").write_text("".join(f"{clip};{text}\n" for clip, text in lines))
         (aside / "something-something-v1-labels.csv").write_text("".join(text + "\n" for pair in TOY_CLASSES for text in pair))
@@ -573,7 +588,7 @@ def check(args):
         print(f"{split}: {len(dataset)} clips, {len(dataset.classes)} classes")
         paths.update({dataset.ids[i].decode(): dataset.path(i) for i in range(len(dataset))})
     bad, short = {}, {}
-    results = tqdm(probe_all(paths.values(), args.jobs, args.timeout), total=len(paths), unit=" clips", disable=None)
+    results = progress(probe_all(paths.values(), args.jobs, args.timeout), total=len(paths), unit=" clips")
     for clip, (readable, text) in zip(paths, results):
         if not readable:
             bad[clip] = text

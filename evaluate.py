@@ -11,6 +11,7 @@ logits, as UniFormerV2 and VideoMAE do.
 import argparse
 import csv
 import os
+import signal
 import sys
 from contextlib import nullcontext
 from datetime import timedelta
@@ -19,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import data
 from model import ModelConfig, STDFormer
@@ -74,6 +74,12 @@ def load_checkpoint(path):
     return checkpoint
 
 
+def ignore_interrupt(worker):
+    """Data workers leave Ctrl-C, and torchrun's SIGTERM to all, to the process that trains: it finishes its step and saves."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 # ----------------------------------------------------------------------------------------------------
 # Prediction
 # ----------------------------------------------------------------------------------------------------
@@ -96,11 +102,11 @@ def evaluate(model, dataset, device, rank=0, world=1, batch_size=8, workers=0, p
     the skip list count as wrong. rows: a list of (index, label, top-5 classes, their probabilities). Leaves the model in eval mode.
     """
     mine = torch.utils.data.Subset(dataset, range(rank, len(dataset), world))
-    loader = torch.utils.data.DataLoader(mine, batch_size=batch_size, num_workers=workers, pin_memory=device.type == "cuda",
+    loader = torch.utils.data.DataLoader(mine, batch_size=batch_size, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupt,
                                          timeout=600 if workers else 0)
     model.eval()
     rows = []
-    for views, label, index in tqdm(loader, desc="evaluating", leave=False, disable=None if rank == 0 else True):
+    for views, label, index in data.progress(loader, desc="evaluating", leave=False) if rank == 0 else loader:
         probability, top = predict(model, views, device, precision, mean, std).cpu().topk(min(5, len(dataset.classes)))
         rows += zip(index.tolist(), label.tolist(), top.tolist(), probability.tolist())
     counts = torch.tensor([sum(label == top[0] for _, label, top, _ in rows), sum(label in top for _, label, top, _ in rows), len(rows)], device=device)
@@ -212,7 +218,9 @@ def main(argv=None):
                 print(f"  {100 * q:6.2f} %  {classes[i]}")
         return
 
-    dataset = data.VideoDataset(args.dataset or trained["dataset"], args.data_root or trained["data_root"], args.split, c.num_frames, c.image_size,
+    name = args.dataset or trained["dataset"]
+    root = args.data_root or (trained["data_root"] if name == trained["dataset"] else f"datasets/{name}")
+    dataset = data.VideoDataset(name, root, args.split, c.num_frames, c.image_size,
                                 crops=args.crops, clips=args.clips, control=args.control or trained["control"],
                                 skip=data.read_skip_list(args.skip_list) if args.skip_list else ())
     if dataset.classes != classes:
@@ -235,8 +243,8 @@ def main(argv=None):
         if not labelled:
             print(f"no labels in this split: {len(rows)} predictions, no accuracy" + ("" if args.save else "; --save FILE.csv keeps them"))
         else:
-            if len(classes) == 174 and trained["dataset"] in PAPER:
-                print(PAPER[trained["dataset"]])
+            if len(classes) == 174 and name in PAPER and args.split == "validation" and dataset.control == "none":
+                print(PAPER[name])
             print(f"top1 {result['top1']:.2f} top5 {result['top5']:.2f} clips {result['clips']} views {c.num_frames}x{args.crops}x{args.clips}")
     if world > 1:
         dist.destroy_process_group()

@@ -107,6 +107,8 @@ class ModelConfig:
             refuse("image_size", f"a multiple of patch_size = {self.patch_size}")
         if self.stem_kernel % 2 == 0:
             refuse("stem_kernel", "an odd number, so that one frame is its centre")
+        if self.ptm_shortcut == "conv" and not self.ptm_conv.startswith("residual"):
+            refuse("ptm_shortcut", f"identity: with ptm_conv = {self.ptm_conv} no convolution stands beside the attention")
         if self.dim % self.heads:
             refuse("heads", f"a divisor of dim = {self.dim}")
         if self.dim % 8:
@@ -576,6 +578,7 @@ class STDFormer(nn.Module):
         return self.ln_pre(x + resize_positions(self.positional_embedding, tuple(grid))), tuple(grid)
 
     def forward_features(self, video):
+        """Both branches to the last layer: video (B, 3, F, S, S) -> x (B, T, 1+N, D), y (B, T, H, W, D)."""
         def run(module, *inputs):                       # blocks and CTMs hold the most memory, and no BatchNorm to count twice
             if self.checkpointing and self.training:
                 return checkpoint(module, *inputs, use_reentrant=False)
@@ -587,16 +590,18 @@ class STDFormer(nn.Module):
         def add_to_patches(x, z):                                               # the class token receives nothing
             return x + F.pad(z.flatten(2, 3), (0, 0, 1, 0))
 
+        def present(module):
+            return not isinstance(module, nn.Identity)
+
         x, grid = self.stem(video)
         y = patches(x)
-        c = self.config
-        for i in range(c.depth):
+        for i in range(self.config.depth):
             x = run(self.blocks[i], x, grid)
-            if isinstance(self.smem_st[i], SMEM):
+            if present(self.smem_st[i]):
                 x = torch.cat([x[:, :, :1], self.smem_st[i](patches(x)).flatten(2, 3)], dim=2)
             y = run(self.ctm[i], patches(x), y)
             y = self.smem_t[i](y)
-            if i in c.stdm_layers:
+            if present(self.stdm[i]):
                 x = add_to_patches(x, self.stdm[i](y))
         return x, y
 
@@ -638,7 +643,7 @@ def resize_positions(positions, grid):
     return torch.cat([positions[:1], p])
 
 
-def read_clip(source, model):
+def read_clip_weights(source, model):
     """The image tower of a CLIP checkpoint, as {CLIP's name: float32 tensor}, its `visual.` prefix removed."""
     c = model.config
     if source == "openai":
@@ -693,7 +698,7 @@ def load_clip(model, source):
     Returns (loaded, new): the numbers of parameter tensors. Raises ValueError listing what is missing, left over or
     misshapen; ConnectionError when "openai" cannot be fetched.
     """
-    state = {k.replace("transformer.resblocks.", "blocks."): v for k, v in read_clip(source, model).items()}
+    state = {k.replace("transformer.resblocks.", "blocks."): v for k, v in read_clip_weights(source, model).items()}
     own = model.state_dict()
 
     flat, stem = state["conv1.weight"], torch.zeros_like(own["conv1.weight"])
@@ -736,7 +741,7 @@ def add_model_flags(parser):
         if f.metadata["choices"]:
             kind["choices"] = f.metadata["choices"]
         if f.name != "num_classes":
-            parser.add_argument(f"--{f.name}", default=None, help=f.metadata["help"] + ("" if f.default is None else f" (b16: {f.default})"), **kind)
+            parser.add_argument(f"--{f.name}", default=None, help=f.metadata["help"] + ("" if f.default is None else f" (b16 as built by model.py: {f.default})"), **kind)
 
 
 def model_overrides(args):

@@ -2,7 +2,7 @@
 
     python train.py                                            # toy data, tiny model, CPU or one GPU, minutes
     torchrun --nproc_per_node=4 train.py --dataset ssv1        # the paper's recipe, from CLIP weights
-    python train.py --dataset ssv2 --data_root DIR --dry_run   # one step: time and peak memory
+    python train.py --dataset ssv2 --data_root DIR --dry_run   # five steps: time and peak memory
 
 Everything random follows from --seed: samples from (seed, epoch, clip), dropout from (seed, step, rank). So a run that was
 stopped and resumed is, on a CPU, the same run to the last bit, with any number of data workers.
@@ -10,7 +10,9 @@ stopped and resumed is, on a CPU, the same run to the last bit, with any number 
 import argparse
 import json
 import math
+import multiprocessing
 import os
+import platform
 import signal
 import sys
 import textwrap
@@ -27,10 +29,9 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torchvision import tv_tensors
 from torchvision.transforms import v2
-from tqdm import tqdm
 
 import data
-from evaluate import autocast, evaluate, load_checkpoint, pick_device, setup_processes
+from evaluate import autocast, evaluate, ignore_interrupt, load_checkpoint, pick_device, setup_processes
 from model import add_model_flags, build_model, is_clip_parameter, load_clip, model_overrides, resize_positions
 
 # ----------------------------------------------------------------------------------------------------
@@ -48,7 +49,14 @@ RECIPES = {"paper": PAPER, "toy": TOY}
 
 def get_args(argv=None):
     """Read the flags. The recipe gives the defaults; a flag that is set wins."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)         # these two decide the defaults of the rest
+    first.add_argument("--dataset", default="toy")
+    first.add_argument("--recipe")
+    known, _ = first.parse_known_args(argv)
+    recipe = known.recipe or ("toy" if known.dataset == "toy" else "paper")
+
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                                epilog="Defaults shown are those of --dataset and --recipe as given beside --help.")
     # files
     p.add_argument("--dataset", default="toy", choices=data.DATASETS, help="ssv1: frame folders, ssv2: webm files (own data too, in either layout), toy: made here")
     p.add_argument("--recipe", choices=list(RECIPES), help="whose defaults to take (default: paper for ssv1 and ssv2); toy trains the tiny model from scratch, on any data")
@@ -56,46 +64,46 @@ def get_args(argv=None):
     p.add_argument("--out_dir", help="checkpoints and logs go here (default: out/DATASET); must be new or empty without --resume")
     p.add_argument("--resume", action="store_true", help="go on from OUT_DIR/last.pt; by itself under a torchrun restart")
     p.add_argument("--init_from", metavar="CHECKPOINT", help="start from the weights of another run; the head is new where the classes differ")
-    p.add_argument("--clip", metavar="openai|FILE|none", help="CLIP weights to start from; a FILE where there is no internet (OpenAI's .pt, open_clip's .pt/.bin/.safetensors)")
+    p.add_argument("--clip", metavar="openai|FILE|none", help="CLIP weights to start from; a FILE where there is no internet (OpenAI's .pt, open_clip's .pt/.bin/.safetensors) (default: %(default)s)")
     p.add_argument("--skip_list", metavar="FILE", help="clip ids to leave out, one per line (data.py check writes it); validation counts them as wrong")
     # data
-    p.add_argument("--crop_scale", type=float, help="smallest share of the picture in a training crop; raise it when small things matter")
-    p.add_argument("--randaugment", type=int, metavar="M", help="magnitude 1-30 of RandAugment's 4 operations, 0 for none; lower it when training accuracy stays low")
+    p.add_argument("--crop_scale", type=float, help="smallest share of the picture in a training crop; raise it when small things matter (default: %(default)s)")
+    p.add_argument("--randaugment", type=int, metavar="M", help="magnitude 1-30 of RandAugment's 4 operations, 0 for none; lower it when training accuracy stays low (default: %(default)s)")
     p.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the clips, with the mirrored class's label")
     p.add_argument("--control", default="none", choices=("none", "shuffle", "single"), help="control experiments: frames in random order, or one frame repeated, in training and validation")
     p.add_argument("--workers", type=int, help="data workers per process (default: cores / processes, at most 8; 0 on a single core)")
     # model: one flag per field of ModelConfig
     add_model_flags(p)
     # optimisation
-    p.add_argument("--epochs", type=int, help="passes over the training clips")
-    p.add_argument("--warmup_epochs", type=float, help="linear warm-up; lengthen it when the loss jumps early")
-    p.add_argument("--batch_size", type=int, help="clips per step over all processes; --lr belongs to it, nothing is scaled behind your back")
-    p.add_argument("--micro_batch", type=int, help="clips per process that go through the model at once (default: all); lower it when memory runs out, the result stays")
-    p.add_argument("--lr", type=float, help="peak learning rate for this batch size; the paper's 1e-4 at 16 is 40 times UniFormerV2's per clip: lower it when the loss diverges")
-    p.add_argument("--min_lr", type=float, default=1e-6, help="where the cosine ends")
-    p.add_argument("--clip_lr_scale", type=float, default=1.0, help="learning rate of CLIP's parameters relative to --lr; 0.1 is gentle")
+    p.add_argument("--epochs", type=int, help="passes over the training clips (default: %(default)s)")
+    p.add_argument("--warmup_epochs", type=float, help="linear warm-up; lengthen it when the loss jumps early (default: %(default)s)")
+    p.add_argument("--batch_size", type=int, help="clips per step over all processes; --lr belongs to it, nothing is scaled behind your back (default: %(default)s)")
+    p.add_argument("--micro_batch", type=int, help="clips per process that go through the model at once (default: all); lower it when memory runs out. Same clips, gradient and lr; BatchNorm sees smaller batches, dropout draws differ")
+    p.add_argument("--lr", type=float, help="peak learning rate for this batch size; the paper's 1e-4 at 16 is 40 times UniFormerV2's per clip: lower it when the loss diverges (default: %(default)s)")
+    p.add_argument("--min_lr", type=float, default=1e-6, help="where the cosine ends (default: %(default)s)")
+    p.add_argument("--clip_lr_scale", type=float, default=1.0, help="learning rate of CLIP's parameters relative to --lr; 0.1 is gentle (default: %(default)s)")
     p.add_argument("--freeze_clip", action="store_true", help="train the new parameters only; saves memory")
-    p.add_argument("--weight_decay", type=float, help="AdamW's; parameters with fewer than two dimensions get none")
-    p.add_argument("--grad_clip", type=float, help="largest gradient norm of a step; look at grad_norm in the log before changing it")
-    p.add_argument("--label_smoothing", type=float, help='the "soft" in soft cross-entropy')
+    p.add_argument("--weight_decay", type=float, help="AdamW's; parameters with fewer than two dimensions get none (default: %(default)s)")
+    p.add_argument("--grad_clip", type=float, help="largest gradient norm of a step, 0 for no limit; look at grad_norm in the log before changing it (default: %(default)s)")
+    p.add_argument("--label_smoothing", type=float, help='the "soft" in soft cross-entropy (default: %(default)s)')
     p.add_argument("--mixup", type=float, default=0.0, metavar="ALPHA", help="MixUp with Beta(ALPHA, ALPHA); 0.8 is usual, 0 is off")
     p.add_argument("--cutmix", type=float, default=0.0, metavar="ALPHA", help="CutMix likewise; with both, a coin decides for each step")
     # system
-    p.add_argument("--seed", type=int, default=0, help="of everything; report several")
+    p.add_argument("--seed", type=int, default=0, help="of everything; report several (default: %(default)s)")
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="auto takes the first that is there")
     p.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="auto: bf16 on GPUs that have it, else fp16 with a loss scaler; fp32 on CPU and MPS")
     p.add_argument("--compile", action="store_true", help="torch.compile: a few minutes at the start, then faster; for CUDA")
     p.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass: much less memory, about a third more time")
-    p.add_argument("--freeze_bn", action="store_true", help="BatchNorm with its running statistics in training too; for tiny batches")
-    p.add_argument("--log_every", type=int, default=20, help="steps between log lines")
-    p.add_argument("--eval_every", type=int, default=1, help="epochs between validations")
-    p.add_argument("--save_minutes", type=float, default=10, help="minutes between writing last.pt within an epoch; it is also written after each epoch and on SIGTERM or SIGINT")
+    p.add_argument("--freeze_bn", action="store_true", help="BatchNorm keeps its running statistics in training; with --init_from, or to compare runs exactly (in a new run it then only scales and shifts)")
+    p.add_argument("--log_every", type=int, default=20, help="steps between log lines (default: %(default)s)")
+    p.add_argument("--eval_every", type=int, default=1, help="epochs between validations (default: %(default)s)")
+    p.add_argument("--save_minutes", type=float, default=10, help="minutes between writing last.pt within an epoch; it is also written after each epoch and on SIGTERM or SIGINT (default: %(default)s)")
     p.add_argument("--max_steps", type=int, help="stop after this step of the schedule, as if interrupted (for trying things)")
-    p.add_argument("--dry_run", action="store_true", help="a few steps on real data, print time and peak memory, write nothing")
+    p.add_argument("--dry_run", action="store_true", help="five steps on real data, print time and peak memory, write nothing")
 
-    known, _ = p.parse_known_args(argv)
-    recipe = known.recipe or ("toy" if known.dataset == "toy" else "paper")
-    unknown = set(RECIPES[recipe]) - {action.dest for action in p._actions}
+    if recipe not in RECIPES:
+        p.error(f"--recipe: got {recipe!r}, expected {' or '.join(RECIPES)}")
+    unknown = set(RECIPES[recipe]) - set(vars(p.parse_args([])))
     assert not unknown, f"recipe keys that are no flags: {unknown}"
     p.set_defaults(recipe=recipe, data_root=f"datasets/{known.dataset}", out_dir=f"out/{known.dataset}", **RECIPES[recipe])
     return p.parse_args(argv)
@@ -188,6 +196,12 @@ def cut_log(path, step):
         os.replace(path.with_suffix(".tmp"), path)
 
 
+def launched_by():
+    """What tells this torchrun from another: its restarts may go on in the folder that it began, other runs may not."""
+    one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    return os.environ.get("TORCHELASTIC_RUN_ID", "") + (f" {platform.node()} {os.getppid()}" if one_node else "")
+
+
 def draw_curves(out_dir):
     """curves.png from log.jsonl: loss, learning rate, validation accuracy. Does nothing where matplotlib is not installed."""
     try:
@@ -227,7 +241,7 @@ def check_resume(checkpoint, path, args, config, classes):
     if checkpoint["classes"] != classes:
         gone, new = set(checkpoint["classes"]) - set(classes), set(classes) - set(checkpoint["classes"])
         problems.append(f"classes: {len(checkpoint['classes'])} in the checkpoint, {len(classes)} now; only there {sorted(gone)[:3]}, only now {sorted(new)[:3]}")
-    problems += [f"{k}: checkpoint {checkpoint['args'][k]!r}, now {getattr(args, k)!r}" for k in ("dataset", "batch_size", "epochs", "seed")
+    problems += [f"{k}: checkpoint {checkpoint['args'][k]!r}, now {getattr(args, k)!r}" for k in ("dataset", "batch_size", "epochs", "seed", "lr", "warmup_epochs", "weight_decay", "clip_lr_scale", "freeze_clip", "control")
                  if checkpoint["args"][k] != getattr(args, k)]
     if problems:
         raise ValueError(f"--resume: {path} is another run; give it the same flags, or start anew in another --out_dir:\n  " + "\n  ".join(problems))
@@ -253,7 +267,7 @@ def main(argv=None):
     if args.workers is None:
         args.workers = min(8, per_process) if cores > 1 else 0
     if args.precision == "auto":
-        args.precision = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        args.precision = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if args.batch_size % world:
         raise ValueError(f"--batch_size {args.batch_size}: must be divisible by the {world} processes")
     local_batch = args.batch_size // world
@@ -264,10 +278,16 @@ def main(argv=None):
     # ===== files =====
     out_dir = Path(args.out_dir)
     last = out_dir / "last.pt"
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    resume = args.resume or restarted and last.is_file()
+    restarts = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device=device)
+    if world > 1:
+        dist.all_reduce(restarts, dist.ReduceOp.MAX)    # only the node that failed counts its restart
+    ours = bool(restarts) and (out_dir / "config.json").is_file() and data.read_json(out_dir / "config.json").get("launcher") == launched_by()
+    resume = torch.tensor(int(args.resume or ours and last.is_file()), device=device)
+    if world > 1:
+        dist.broadcast(resume, 0)                       # rank 0 writes the files, so its word counts
+    resume = bool(resume)
     if master and not args.dry_run:
-        if not resume and not restarted and out_dir.exists() and any(out_dir.iterdir()):
+        if not resume and not ours and out_dir.exists() and any(out_dir.iterdir()):
             raise ValueError(f"--out_dir {out_dir}: not empty; --resume goes on from its last.pt, else give a new folder")
         out_dir.mkdir(parents=True, exist_ok=True)
     if args.dataset == "toy" and master:
@@ -300,6 +320,8 @@ def main(argv=None):
         loaded, new = load_clip(model, args.clip)
         print(f"CLIP weights from {args.clip}: {loaded} tensors loaded, {new} new")
     if args.freeze_clip:
+        if args.clip == "none" and not (args.init_from or resume):
+            raise ValueError("--freeze_clip: with --clip none this would freeze random weights; give --clip or --init_from")
         for name, p in model.named_parameters():
             p.requires_grad = not is_clip_parameter(name, config)
     model.checkpointing = args.checkpointing
@@ -317,9 +339,11 @@ def main(argv=None):
         if checkpoint["scaler"] and scaler.is_enabled():
             scaler.load_state_dict(checkpoint["scaler"])
         step, best = checkpoint["step"], checkpoint["best"]
-        if master:
-            cut_log(out_dir / "log.jsonl", step)
+        if divmod(step, steps_per_epoch) != (checkpoint["epoch"], checkpoint["step_in_epoch"]):
+            raise ValueError(f"--resume: {last} is from another number of training clips ({len(train_set)} now); give it the same data and --skip_list")
         del checkpoint
+    if master and not args.dry_run:
+        cut_log(out_dir / "log.jsonl", step)
     stop_at = total if args.max_steps is None else min(total, args.max_steps)
     if args.dry_run:
         stop_at = min(total, step + 5)
@@ -329,7 +353,7 @@ def main(argv=None):
         print(textwrap.fill("  ".join(f"{k}={v}" for k, v in dict(vars(args), **asdict(config)).items()), 120,
                             break_long_words=False, break_on_hyphens=False))
         if not args.dry_run:
-            (out_dir / "config.json").write_text(json.dumps(dict(args=vars(args), model_config=asdict(config)), indent=1) + "\n")
+            (out_dir / "config.json").write_text(json.dumps(dict(args=vars(args), model_config=asdict(config), launcher=launched_by()), indent=1) + "\n")
         print(f"{args.dataset}: {len(train_set)} training and {len(val_set)} validation clips, {len(classes)} classes"
               + (f"; {train_set.skipped} + {val_set.skipped} on the skip list" if args.skip_list else ""))
         for i in range(min(3, len(train_set))):
@@ -366,16 +390,16 @@ def main(argv=None):
     handlers = {s: signal.signal(s, lambda number, frame: asked_to_stop.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def read(stats, at_step, lr, index):
-        """What all ranks know about a step: raise if its loss is not finite, return whether anyone was asked to stop."""
-        loss, stop = stats.tolist()
-        if not math.isfinite(loss):
+        """What all ranks know about a step: raise if it is not finite, return whether anyone was asked to stop."""
+        loss, norm, stop = stats.tolist()
+        if not math.isfinite(loss) or not math.isfinite(norm) and not scaler.is_enabled():      # the scaler skips such steps itself
             clips = ", ".join(train_set.ids[i].decode() for i in index.tolist())
-            raise FloatingPointError(f"loss {loss} at step {at_step}, lr {lr:.2e}; clips on rank {rank}: {clips}. "
+            raise FloatingPointError(f"loss {loss}, gradient norm {norm} at step {at_step}, lr {lr:.2e}; clips on rank {rank}: {clips}. "
                                      "last.pt holds an earlier step. Lower --lr, lengthen --warmup_epochs, or use --precision bf16 or fp32")
         return stop > 0
 
-    bar = tqdm(total=stop_at, initial=step, disable=None if master else True, unit=" steps", dynamic_ncols=True)
-    say = bar.write if not bar.disable else print
+    bar = data.progress(None, total=stop_at, initial=step, unit=" steps") if master else None
+    say = print if bar is None else bar.write
     losses, waited, before, since, saved = [], 0.0, None, time.perf_counter(), time.time()
     stopped = False
     model.train()
@@ -407,12 +431,12 @@ def main(argv=None):
                 scaler.scale(part).backward()
             loss += part.detach()
         scaler.unscale_(optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-        stats = torch.stack([loss, torch.full_like(loss, len(asked_to_stop))])
+        stats = torch.stack([loss, grad_norm.to(loss), torch.full_like(loss, len(asked_to_stop))])
         if world > 1:
             dist.all_reduce(stats)
             stats /= world
@@ -421,7 +445,8 @@ def main(argv=None):
         before = (stats, step, lr, index)
         losses.append(stats[0])
         step += 1
-        bar.update()
+        if bar is not None:
+            bar.update()
 
         epoch_end = step % steps_per_epoch == 0
         if step % args.log_every == 0 or epoch_end or step == stop_at:
@@ -432,11 +457,16 @@ def main(argv=None):
             log(kind="train", **row)
             if master:
                 say(f"epoch {row['epoch']:6.2f}  step {step}/{total}  loss {row['loss']:.4f}  lr {lr:.2e}  grad {row['grad_norm']:.2f}  "
-                    f"{row['clips_per_s']:.1f} clips/s  data {row['data_wait']:.0%}  {row['memory_gib']:.2f} GiB")
+                    f"{row['clips_per_s']:.3g} clips/s  data {row['data_wait']:.0%}  {row['memory_gib']:.2f} GiB")
             losses, waited, since = [], 0.0, time.perf_counter()
         if args.dry_run:
+            if stop_at - step == 3:                     # the first steps start workers, pick kernels, compile
+                losses, waited, since = [], 0.0, time.perf_counter()
             continue
         if epoch_end and ((step // steps_per_epoch) % args.eval_every == 0 or step == total):
+            if world > 1:
+                for buffer in model.buffers():          # BatchNorm's statistics as rank 0 saves them
+                    dist.broadcast(buffer, 0)
             result = evaluate(model, val_set, device, rank, world, batch_size=4 * micro, workers=args.workers, precision=args.precision)
             log(kind="eval", step=step, epoch=step // steps_per_epoch, top1=result["top1"], top5=result["top5"], clips=result["clips"])
             if result["top1"] > best:
@@ -454,11 +484,12 @@ def main(argv=None):
             saved = time.time()
 
     # ===== the end =====
-    bar.close()
+    if bar is not None:
+        bar.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if master and args.dry_run:
-        print(f"dry run: {row['clips_per_s']:.2f} clips/s, peak memory {memory_gib(device):.2f} GiB; nothing was written")
+        print(f"dry run: {row['clips_per_s']:.3g} clips/s, peak memory {memory_gib(device):.2f} GiB; nothing was written")
     elif master and step < total:
         print(f"stopped after step {step} of {total}; the same command with --resume goes on from {last}")
     elif master:
@@ -467,14 +498,11 @@ def main(argv=None):
         dist.destroy_process_group()
 
 
-def ignore_interrupt(worker):
-    """Data workers leave Ctrl-C, and torchrun's SIGTERM to all, to the process that trains: it finishes its step and saves."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 if __name__ == "__main__":
     try:
         main()
     except (ValueError, FileNotFoundError, ConnectionError, FloatingPointError, data.ClipError) as e:
         sys.exit(f"train.py: {data.reason(e)}")
+    finally:
+        for worker in multiprocessing.active_children():
+            worker.kill()                               # they ignore SIGTERM, and one may hang in a decoder

@@ -173,7 +173,7 @@ def compare(args, device, dtype):
             torch.cuda.reset_peak_memory_stats()
             base = torch.cuda.memory_allocated()
             train()
-            rows[name]["memory"] = (torch.cuda.max_memory_allocated() - base) / 2 ** 30 + rows[name]["params"] * 1e6 * 4 / 2 ** 30
+            rows[name]["memory"] = (torch.cuda.max_memory_allocated() - base) / 2 ** 30 + rows[name]["params"] * 1e6 * 12 / 2 ** 30
         else:
             m.train()
             rows[name]["memory"] = saved_gib(m, lambda: run(video))
@@ -197,7 +197,7 @@ def compare(args, device, dtype):
               f"{r['forward']:9.4f}{r['forward'] / first['forward']:8.2f}{r['macs'] * 1e9 / rate / r['forward']:10.1%} | "
               f"{r['train']:9.4f}{r['train'] / first['train']:8.2f}{3 * r['macs'] * 1e9 / rate / r['train']:10.1%}  | "
               f"{r['memory']:9.2f}{r['memory'] / first['memory']:8.2f}")
-    print("memory: " + ("the step's peak of allocated memory above what was there, and the weights" if device.type == "cuda"
+    print("memory: " + ("the step's peak of allocated memory above what was there, and 12 bytes per parameter: weights and AdamW's two moments" if device.type == "cuda"
                         else "tensors that autograd saves for the backward pass (a CPU has no allocator statistics)"))
 
 
@@ -234,10 +234,14 @@ def breakdown(args, device, dtype):
             step(run, inputs)
             rows.append((kind, len(modules), statistics.median(seconds(device, lambda: step(run, inputs)) for _ in range(args.rounds + 2)),
                          counter.get_total_flops() / 2))
-    run = torch.compile(model) if args.compile else model
-    model, whole_run = run, whole
-    whole_run()
-    total = statistics.median(seconds(device, whole_run) for _ in range(args.rounds))
+    model = torch.compile(model) if args.compile else model
+    whole()
+    total = statistics.median(seconds(device, whole) for _ in range(args.rounds))
+    with torch.profiler.profile() as profile:
+        whole()
+    events = {e.key: e for e in profile.key_averages()}
+    products = sum(getattr(e, "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total") for k, e in events.items()
+                   if k in ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")) / 1e6
     macs = sum(n * m for _, n, _, m in rows)
     rate = matmul_rate(device, dtype)
     print(f"\n{'module':16}{'times':>6}{'s each':>10}{'of the time':>13}{'of the arithmetic':>19}{'MFU':>8}")
@@ -246,6 +250,7 @@ def breakdown(args, device, dtype):
     rest = total - sum(n * s for _, n, s, _ in rows)
     print(f"{'between them':16}{'':6}{'':10}{rest / total:13.1%}{'':>19}   (slices and sums of the branches; embeddings, head)")
     print(f"{'whole model':16}{1:6}{total:10.4f}{1:13.1%}{1:19.1%}{3 * macs / rate / total:8.1%}")
+    print(f"its matrix products alone take {products:.4f} s of the step: the whole is {total / products:.2f} times that")
 
 
 # ----------------------------------------------------------------------------------------------------

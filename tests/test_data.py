@@ -737,7 +737,7 @@ def test_make_toy_leaves_nothing_behind_when_it_fails(tmp_path, monkeypatch, err
     def interrupted(*_, **__):
         raise error
 
-    monkeypatch.setattr(*((data, "write_toy_clip", fail) if isinstance(error, OSError) else (data, "tqdm", interrupted)))
+    monkeypatch.setattr(*((data, "write_toy_clip", fail) if isinstance(error, OSError) else (data, "progress", interrupted)))
     with pytest.raises(type(error)):
         data.make_toy(tmp_path / "toy", train=2, validation=1)
     assert list(tmp_path.iterdir()) == []

@@ -86,3 +86,21 @@ def test_bf16_is_finite_and_near_fp32(fusion, device):
             rounded = model(video)
     assert rounded.isfinite().all()
     assert (rounded - logits).abs().max() < 0.05 * logits.abs().max()
+
+
+def test_no_graph_break_and_no_recompilation():
+    # `fullgraph` raises at the first graph break; after one training and one evaluation step nothing may compile again.
+    model, video = tiny_and_clip(drop_path=0.1, ctm_drop_path=0.1, ctm_dropout=0.1, head_dropout=0.1, smem_branch="both", head="fused")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+
+    def step():
+        model.train()
+        compiled(video).sum().backward()
+        model.eval()
+        with torch.no_grad():
+            compiled(video)
+
+    step()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for _ in range(3):
+            step()

@@ -382,7 +382,7 @@ def test_b16_has_the_parameters_and_macs_of_the_architecture():
 VARIANTS = [{f.name: choice} for f in fields(ModelConfig) for choice in f.metadata["choices"] or ()]
 VARIANTS += [dict(stem_stride=1), dict(stem_kernel=1), dict(learn_fusion=False), dict(ptm_layers=()), dict(ptm_layers=(0, 1, 2)),
              dict(stdm_layers=()), dict(smem_layers=()), dict(smem_branch="both", smem_layers=(0,), smem_st_layers=(2,)),
-             dict(ptm_shortcut="conv", ptm_conv="attention3d"), dict(ptm_attention="spacetime", ptm_conv_plane="space"),
+             dict(ptm_shortcut="conv", ptm_conv="residual3d"), dict(ptm_attention="spacetime", ptm_conv_plane="space"),
              dict(ctm_residual="memory", ctm_cpe="both", head="fused"), dict(depth=1)]
 
 

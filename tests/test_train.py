@@ -295,8 +295,11 @@ def test_a_restart_by_torchrun_resumes_by_itself(finished, clips, tmp_path, monk
 def test_a_restart_before_the_first_checkpoint_starts_anew(clips, tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()                                         # the first attempt came as far as this, then its node went down
-    (out / "config.json").write_text("{}\n")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    (out / "config.json").write_text(json.dumps({"launcher": "another torchrun"}))
+    with pytest.raises(ValueError, match="not empty"):  # a restart of a run that was refused is refused again
+        run(clips, out, "--max_steps", "1")
+    (out / "config.json").write_text(json.dumps({"launcher": train.launched_by()}))
     assert run(clips, out, "--max_steps", "1")[0]["step"] == 1
 
 
