@@ -557,6 +557,10 @@ REFUSED += [(name, {name: value}) for value in (0, -8, 8.0) for name in
             ("num_classes", "num_frames", "image_size", "patch_size", "stem_stride", "stem_kernel", "dim", "depth", "heads")]
 REFUSED += [(name, {name: (12,)}) for name in ("ptm_layers", "stdm_layers", "smem_layers")] + [
     ("ptm_layers", dict(ptm_layers=(-1,))),
+    ("ptm_layers", dict(ptm_layers=3)),
+    ("ptm_shortcut", dict(ptm_shortcut="conv", ptm_conv="attention2d")),                # nothing would stand beside the attention
+    ("alpha", dict(alpha=float("nan"))),
+    ("learn_fusion", dict(learn_fusion="no")),
     ("stdm_layers", dict(stdm_layers=(3, 11))),                                         # behind the last layer
     ("smem_st_layers", dict(smem_st_layers=(4,))),                                      # only one branch has SMEM
     ("smem_st_layers", dict(smem_branch="both", smem_st_layers=(12,))),

@@ -400,12 +400,27 @@ def test_last_pt_is_never_overwritten_by_a_step_that_is_not_finite(clips, tmp_pa
     assert last["step"] == 5 and all(v.isfinite().all() for v in last["model"].values() if v.is_floating_point())
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run_too(clips, tmp_path, monkeypatch):
+    clip_grad_norm, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def overflows_once(parameters, limit):
+        calls.append(limit)
+        norm = clip_grad_norm(parameters, limit)
+        return norm * math.inf if len(calls) == 6 else norm                     # the loss of that step is finite
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", overflows_once)
+    with pytest.raises(FloatingPointError, match="gradient norm inf at step 5"):
+        run(clips, tmp_path / "out", "--eval_every", "9", "--save_minutes", "0")
+    assert load_checkpoint(tmp_path / "out" / "last.pt")["step"] == 5
+
+
 # ----- refusals -----
 
 
 @pytest.mark.parametrize("flags, words", [
     (["--dim", "40"], ["dim: checkpoint 32, now 40"]),
     (["--batch_size", "2"], ["batch_size: checkpoint 4, now 2"]),
+    (["--weight_decay", "0.1"], ["weight_decay: checkpoint 0.05, now 0.1"]),
     (["--seed", "6", "--stdm_layers"], ["seed: checkpoint 5, now 6", "stdm_layers: checkpoint (0,), now ()"]),     # every difference
 ])
 def test_resume_refuses_another_run(finished, clips, flags, words):
@@ -414,6 +429,13 @@ def test_resume_refuses_another_run(finished, clips, flags, words):
         run(clips, finished[0], *EVERYTHING, "--resume", *flags)
     assert all(w in str(e.value) for w in words), e.value
     assert {p: p.read_bytes() for p in finished[0].iterdir()} == before
+
+
+def test_resume_refuses_another_number_of_clips(finished, clips, tmp_path):
+    ids = [i.decode() for i in data.read_annotations("ssv1", clips, "train")[0]]
+    (tmp_path / "skip.txt").write_text("\n".join(ids[:6]))
+    with pytest.raises(ValueError, match="another number of training clips .12 now"):
+        run(clips, finished[0], *EVERYTHING, "--resume", "--skip_list", str(tmp_path / "skip.txt"))
 
 
 def test_resume_refuses_other_classes(finished, tmp_path):
