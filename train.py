@@ -379,6 +379,9 @@ def main(argv=None):
     # ===== wrap and loop =====
     forward = torch.compile(model) if args.compile else model
     if world > 1:
+        for m in model.modules():                       # same memory, but the strides of their gradients: DDP warns otherwise
+            if isinstance(m, nn.Conv2d) and m.groups > 1:
+                m.to(memory_format=torch.channels_last)
         forward = DDP(forward, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
     mixes = [v2.MixUp(alpha=args.mixup, num_classes=len(classes))] if args.mixup else []
     mixes += [v2.CutMix(alpha=args.cutmix, num_classes=len(classes))] if args.cutmix else []
