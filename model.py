@@ -547,7 +547,7 @@ class STDFormer(nn.Module):
     def init_weights(self):
         """Random start (the paper always starts from CLIP; this is ours, for what CLIP does not have, and for training without it).
 
-        every Linear               truncated normal, std D^-0.5; bias 0. CLIP's own; the usual 0.02 starves a narrow model
+        every Linear               truncated normal, std D^-0.5; bias 0. CLIP's own; the usual 0.02 learns far more slowly in a narrow model
         outputs added to a branch  the same, std (2 L D)^-0.5: attn.out_proj, mlp.c_proj, ctm.out_proj, dpe.expand,
                                    PTM's conv.expand, stdm.pointwise
         convolutions, norms        PyTorch's
