@@ -166,16 +166,16 @@ def write_report(folder, rows, classes):
         print(f"{folder}: per_class.csv and confused.csv written; confusion.png needs matplotlib (pip install matplotlib)")
         return
     n = len(classes)
-    side = min(24, 5 + 0.16 * n)
-    figure = Figure(figsize=(side + 3, side), layout="constrained")
+    side = min(24, 7 + 0.11 * n)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
     axis = figure.subplots()
     picture = axis.imshow(confusion / np.maximum(clips[:, None], 1), cmap="Blues", vmin=0, vmax=1)
-    size = max(2.5, 9 - 0.04 * n)
+    size = max(5.5, 9 - 0.04 * n)
     axis.set_yticks(range(n), classes, fontsize=size)
     axis.set_xticks(range(n), [str(i) for i in range(n)] if n > 30 else classes, fontsize=size, rotation=90)
     axis.set(xlabel="predicted" + (" (number of the row)" if n > 30 else ""), ylabel="true class")
     figure.colorbar(picture, label="share of the true class", shrink=0.6)
-    figure.savefig(folder / "confusion.png", dpi=130)
+    figure.savefig(folder / "confusion.png", dpi=130, bbox_inches="tight")
     print(f"{folder}: per_class.csv, confused.csv and confusion.png written")
 
 
