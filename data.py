@@ -191,6 +191,11 @@ def sample_indices(n, F, rng=None, view=0, views=1):
     return edges[:-1] + int(s / (views + 1) * (view + 1))
 
 
+def eval_indices(n, F, clips=1):
+    """The frames of all temporal views of a clip, view after view: int64 (clips * F,)."""
+    return np.concatenate([sample_indices(n, F, view=v, views=clips) for v in range(clips)])
+
+
 class ClipError(Exception):
     """A clip that cannot be read; the message has its path and the reason."""
 
@@ -286,6 +291,11 @@ def eval_transform(video, size, crops=1):
     return [TF.crop(video, round(rest_h * p), round(rest_w * p), size, size) for p in places]
 
 
+def eval_views(video, F, size, crops=1):
+    """All views of a clip whose frames eval_indices chose: uint8 (clips * F, 3, h, w) -> (clips * crops, 3, F, S, S)."""
+    return torch.stack([crop.transpose(0, 1) for clip in video.split(F) for crop in eval_transform(clip, size, crops)])
+
+
 class VideoDataset(torch.utils.data.Dataset):
     """One split of a data set. Yields (video, label, index).
 
@@ -330,7 +340,7 @@ class VideoDataset(torch.utils.data.Dataset):
         def choose(n):
             if self.train:
                 return sample_indices(n, F, rng)
-            return np.concatenate([sample_indices(n, F, view=v, views=self.clips) for v in range(self.clips)])
+            return eval_indices(n, F, self.clips)
 
         try:
             video = read_clip(self.path(index), choose)                         # (F, 3, h, w)
@@ -342,8 +352,8 @@ class VideoDataset(torch.utils.data.Dataset):
             video = torch.cat([clip[[rng.integers(F)] * F] for clip in video.split(F)])
 
         if not self.train:
-            views = [crop.transpose(0, 1) for clip in video.split(F) for crop in eval_transform(clip, self.size, self.crops)]
-            return (views[0].contiguous() if len(views) == 1 else torch.stack(views)), label, index
+            views = eval_views(video, F, self.size, self.crops)
+            return (views[0] if len(views) == 1 else views), label, index
         with torch.random.fork_rng(devices=[]):         # torchvision draws from torch's global state
             torch.default_generator.manual_seed(int(rng.integers(2 ** 63)))
             video = self.transform(video)

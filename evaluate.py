@@ -209,9 +209,8 @@ def main(argv=None):
 
     if args.video:
         for path in args.video:
-            video = data.read_clip(path, lambda n: np.concatenate(
-                [data.sample_indices(n, c.num_frames, view=v, views=args.clips) for v in range(args.clips)]))
-            views = torch.stack([crop.transpose(0, 1) for clip in video.split(c.num_frames) for crop in data.eval_transform(clip, c.image_size, args.crops)])
+            video = data.read_clip(path, lambda n: data.eval_indices(n, c.num_frames, args.clips))
+            views = data.eval_views(video, c.num_frames, c.image_size, args.crops)
             probability, top = predict(model, views[None], device, args.precision, mean, std)[0].cpu().topk(min(5, len(classes)))
             print(path)
             for q, i in zip(probability.tolist(), top.tolist()):

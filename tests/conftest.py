@@ -1,8 +1,29 @@
-"""What every test file shares: `import model` finds the repository, and one thread. Run all: python -m pytest -q tests"""
+"""What the test files share: `import model` finds the repository, one thread, and two ranks. Run all: python -m pytest -q tests"""
+import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)                # the models here are tiny: more threads only wait for each other
+
+
+def run_two_ranks(script, *flags):
+    """What torchrun --nproc_per_node=2 starts, without its agent, which would cost another process start. Returns what each printed."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    common = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", OMP_NUM_THREADS="1")
+    ranks = [subprocess.Popen([sys.executable, str(ROOT / script), *map(str, flags)], env=dict(common, RANK=str(r), LOCAL_RANK=str(r)), text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for r in range(2)]
+    try:
+        printed = [p.communicate(timeout=120)[0] for p in ranks]
+    finally:
+        for p in ranks:
+            p.kill()
+    assert [p.returncode for p in ranks] == [0, 0], "\n".join(printed)
+    return printed

@@ -3,11 +3,8 @@
     python -m pytest -q tests/test_evaluate.py
 """
 import csv
-import os
 import re
 import runpy
-import socket
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -21,9 +18,9 @@ from PIL import Image
 
 import data
 import evaluate
+from conftest import ROOT, run_two_ranks
 from model import build_model
 
-ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ["Closing something", "Moving something, then dropping it", "Opening something"]
 LAST_LINE = re.compile(r"top1 (\d+\.\d\d) top5 (\d+\.\d\d) clips (\d+) views (\d+x\d+x\d+)")
 
@@ -183,19 +180,7 @@ def test_normalisation_comes_from_the_checkpoint(ckpt, clips, tmp_path):
 def test_seven_clips_on_two_ranks_are_seven(ckpt, tmp_path, capsys):
     run(ckpt, "--save", tmp_path / "one.csv")
     last = capsys.readouterr().out.splitlines()[-1]
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    command = [sys.executable, str(ROOT / "evaluate.py"), "--ckpt", str(ckpt), "--device", "cpu", "--workers", "0", "--save", str(tmp_path / "two.csv")]
-    common = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", OMP_NUM_THREADS="1")
-    ranks = [subprocess.Popen(command, env=dict(common, RANK=str(r), LOCAL_RANK=str(r)), text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for r in range(2)]
-    try:
-        printed = [p.communicate(timeout=120)[0] for p in ranks]
-    finally:
-        for p in ranks:
-            p.kill()
-    assert [p.returncode for p in ranks] == [0, 0], "\n".join(printed)
+    printed = run_two_ranks("evaluate.py", "--ckpt", ckpt, "--device", "cpu", "--workers", "0", "--save", tmp_path / "two.csv")
     assert printed[0].splitlines()[-1] == last and "clips 7 " in last and "top1" not in printed[1]
     one, two = read_csv(tmp_path / "one.csv"), read_csv(tmp_path / "two.csv")
     for a, b in zip(one, two, strict=True):             # other batches, so sums in another order

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,10 +18,10 @@ from PIL import Image
 
 import data
 import train
+from conftest import ROOT, run_two_ranks
 from evaluate import load_checkpoint
 from model import build_model
 
-ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ["Pulling something from left to right", "Pulling something from right to left", "Showing something, then hiding it"]
 TIMING = ("clips_per_s", "data_wait", "memory_gib")     # of a log row; they differ from run to run
 DOCUMENTED = {"model", "optimizer", "scaler", "epoch", "step", "step_in_epoch", "best", "model_config", "classes", "mean", "std", "args"}
@@ -115,20 +114,7 @@ def untimed(rows):
 
 
 def on_two_ranks(clips, out, *flags):
-    """What torchrun --nproc_per_node=2 starts, without its agent: it would cost another process start."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    command = [sys.executable, str(ROOT / "train.py"), *SMALL, "--data_root", str(clips), "--out_dir", str(out), *flags]
-    common = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", OMP_NUM_THREADS="1")
-    ranks = [subprocess.Popen(command, env=dict(common, RANK=str(r), LOCAL_RANK=str(r)), text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for r in range(2)]
-    try:
-        printed = [p.communicate(timeout=120)[0] for p in ranks]
-    finally:
-        for p in ranks:
-            p.kill()
-    assert [p.returncode for p in ranks] == [0, 0], "\n".join(printed)
+    run_two_ranks("train.py", *SMALL, "--data_root", clips, "--out_dir", out, *flags)
     return load_checkpoint(out / "last.pt"), read_log(out)
 
 
