@@ -389,25 +389,31 @@ def toy_progress(rng, n, low, high):
     return np.concatenate([[0], np.cumsum(steps / steps.sum() * rng.uniform(low, high))])
 
 
-def toy_scene(rng, motion, n):
+def toy_scene(rng, motion, n, difficulty=0.0):
     """Draw everything random about a clip, for motion 0 to 4 (rows of TOY_CLASSES) run forward.
 
     Every state variable is periodic with a uniform phase and all else is drawn in the same way for all classes, so a single
-    frame tells nothing, and the unordered frames no more than the pair. Returns a dict for toy_render; states are in periods.
+    frame tells nothing, and the unordered frames no more than the pair. Difficulty 0 to 1 puts the motion of n frames into a
+    clip of up to 4 n (and shortens it, so that 16 sampled frames still tell its direction), fades the object, and adds texture
+    and moving distractors. Returns a dict for toy_render; states are in periods.
     """
-    states = np.repeat(rng.random(5)[:, None], n, axis=1)           # x, y, angle, size, brightness: still ...
+    length = round(n * (1 + 3 * difficulty))
+    states = np.repeat(rng.random(5)[:, None], length, axis=1)      # x, y, angle, size, brightness: still, but for one
     sign = (1, -1, 1, 1, 1)[motion]                                 # image rows count downwards: up is -y
-    states[motion] += sign * toy_progress(rng, n, 1.0, 1.7)         # ... but for one
+    motion_course = sign * toy_progress(rng, n, 1.0 / (1 + 1.5 * difficulty), 1.7 / (1 + 1.8 * difficulty))
     distractors = []
-    for moving in (False, False, True, True):
+    for moving in (False, False, True, True) + (True,) * round(4 * difficulty):
         angle = rng.uniform(0, 2 * np.pi)
-        course = toy_progress(rng, n, 0.3, 1.0) if moving else np.zeros(n)
+        course = toy_progress(rng, length, 0.3 * length / n, 1.0 * length / n) if moving else np.zeros(length)
         distractors.append(dict(x=rng.random() + np.cos(angle) * course, y=rng.random() + np.sin(angle) * course,
                                 radius=rng.uniform(0.04, 0.08), color=rng.uniform(0, 1, 3), front=rng.random() < 0.3))
     blobs = [(rng.random(2), rng.uniform(0.1, 0.35, 2), rng.uniform(0.15, 0.6, 3)) for _ in range(5)]
-    return dict(states=states, distractors=distractors, blobs=blobs, texture=rng.uniform(0.2, 0.55, (6, 6, 3)),
-                profile=np.append(np.sort(rng.uniform(0.35, 0.9, 3))[::-1], 0.1),       # half width of the object, from tail to tip
-                colors=np.stack([rng.uniform(0.6, 1, 3), rng.uniform(0, 0.5, 3)]), noise=int(rng.integers(2 ** 31)))
+    scene = dict(states=states, distractors=distractors, blobs=blobs, texture=rng.uniform(0.2, 0.55, (6, 6, 3)),
+                 profile=np.append(np.sort(rng.uniform(0.35, 0.9, 3))[::-1], 0.1),      # half width of the object, from tail to tip
+                 colors=np.stack([rng.uniform(0.6, 1, 3), rng.uniform(0, 0.5, 3)]), noise=int(rng.integers(2 ** 31)))
+    before = rng.integers(0, length - n + 1)
+    states[motion] += np.pad(motion_course, (before, length - n - before), mode="edge")
+    return dict(scene, contrast=1 - 0.5 * difficulty, fine_texture=0.14 * difficulty * rng.uniform(-1, 1, (24, 24, 3)))
 
 
 def toy_render(scene, size=TOY_SIZE):
@@ -427,11 +433,15 @@ def toy_render(scene, size=TOY_SIZE):
                 mask = soft(np.hypot(away(column, d["x"][t]), away(row, d["y"][t])) - np.float32(d["radius"]))
                 picture += mask * (d["color"] - picture)
 
-    texture = Image.fromarray((scene["texture"] * 255).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
-    background = np.asarray(texture, dtype=np.float32) / 255
+    def enlarge(texture):
+        return np.asarray(Image.fromarray((texture * 255).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32) / 255
+
+    background = enlarge(scene["texture"])
     for (cy, cx), (h, w), color in scene["blobs"]:
         inside = (np.abs(away(row, cy)) < h / 2) & (np.abs(away(column, cx)) < w / 2)
         background[inside] = 0.5 * background[inside] + 0.5 * color
+    if scene["fine_texture"].any():
+        background += enlarge(0.5 + scene["fine_texture"]) - 0.5
 
     frames, noise = [], np.random.default_rng(scene["noise"])
     for t, (x, y, angle, scale, light) in enumerate(scene["states"].T):
@@ -444,46 +454,48 @@ def toy_render(scene, size=TOY_SIZE):
         width = np.interp(u, np.linspace(-1, 1, len(scene["profile"])), scene["profile"]).astype(np.float32)
         tail = np.clip(0.5 - 4 * (u + 0.1), 0, 1)[..., None]                    # two colours: which end is which
         color = (scene["colors"][0] * tail + scene["colors"][1] * (1 - tail)) * (0.25 + 0.75 * (light % 1))
-        picture += soft(np.maximum(np.abs(v) - width, np.abs(u) - 1) * radius) * (color - picture)
+        picture += scene["contrast"] * soft(np.maximum(np.abs(v) - width, np.abs(u) - 1) * radius) * (color - picture)
         paint_distractors(picture, t, front=True)
         picture += noise.normal(0, 0.02, picture.shape)
         frames.append((np.clip(picture, 0, 1) * 255).round().astype(np.uint8))
     return np.stack(frames)
 
 
-def toy_clip(seed, split, number):
-    """One clip and its label: frames uint8 (n, 64, 64, 3), 18 to 30 of them. Labels run through the classes in turn."""
+def toy_clip(seed, split, number, difficulty=0.0):
+    """One clip and its label: frames uint8 (n, 64, 64, 3), 18 to 30 of them (difficulty 1: 72 to 120). Labels run through the classes in turn."""
     rng = np.random.default_rng([TOY_VERSION, seed, ("train", "validation").index(split), number])
     motion, backward = divmod(number % (2 * len(TOY_CLASSES)), 2)
-    frames = toy_render(toy_scene(rng, motion, int(rng.integers(18, 31))))
+    frames = toy_render(toy_scene(rng, motion, int(rng.integers(18, 31)), difficulty))
     return (frames[::-1] if backward else frames), TOY_CLASSES[motion][backward]
 
 
 def write_toy_clip(job):
-    folder, seed, split, number, clip = job
-    frames, text = toy_clip(seed, split, number)
+    folder, clip, *which = job
+    frames, text = toy_clip(*which)
     os.mkdir(os.path.join(folder, str(clip)))
     for i, frame in enumerate(frames, 1):
         Image.fromarray(frame).save(os.path.join(folder, str(clip), f"{i:05d}.jpg"), quality=92)
     return clip, text
 
 
-def make_toy(root, seed=None, train=None, validation=None):
-    """Make the toy data set in `root`, in SSV1's layout: 6000 training and 500 validation clips of seed 0, unless told otherwise.
+def make_toy(root, seed=None, train=None, validation=None, difficulty=None):
+    """Make the toy data set in `root`, in SSV1's layout: 6000 training and 500 validation clips of seed 0 and difficulty 0, unless told otherwise.
 
     Where there is one already, it is kept, and must be of this version and have what was told. Deterministic by seed.
     Built in a folder beside it and renamed into place, so a killed or second process leaves nothing half made.
     Raises ValueError where `root` holds something else.
     """
     root = Path(root)
-    asked = {k: v for k, v in dict(version=TOY_VERSION, seed=seed, train=train, validation=validation).items() if v is not None}
+    if difficulty is not None and not 0 <= difficulty <= 1:
+        raise ValueError(f"--difficulty {difficulty}: expected 0 to 1")
+    asked = {k: v for k, v in dict(version=TOY_VERSION, seed=seed, train=train, validation=validation, difficulty=difficulty).items() if v is not None}
     if (root / "toy.json").is_file():
-        found = read_json(root / "toy.json")
+        found = {"difficulty": 0, **read_json(root / "toy.json")}
         if not asked.items() <= found.items():
             raise ValueError(f"{root}/toy.json: found {found}, expected {asked}; delete the folder or give another --data_root")
         return
-    stamp = {"seed": 0, "train": 6000, "validation": 500, **asked}
-    seed, train, validation = stamp["seed"], stamp["train"], stamp["validation"]
+    stamp = {"seed": 0, "train": 6000, "validation": 500, "difficulty": 0, **asked}
+    seed, train, validation, difficulty = (stamp[k] for k in ("seed", "train", "validation", "difficulty"))
     if root.exists() and any(root.iterdir()):
         raise ValueError(f"--data_root {root}: holds other files; the toy data needs a new or empty folder")
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -492,8 +504,8 @@ def make_toy(root, seed=None, train=None, validation=None):
         aside.chmod(0o755)                              # mkdtemp's folders are closed to others
         frames = aside / "20bn-something-something-v1"
         frames.mkdir()
-        jobs = [(str(frames), seed, "train", i, i + 1) for i in range(train)]
-        jobs += [(str(frames), seed, "validation", i, train + i + 1) for i in range(validation)]
+        jobs = [(str(frames), i + 1, seed, "train", i, difficulty) for i in range(train)]
+        jobs += [(str(frames), train + i + 1, seed, "validation", i, difficulty) for i in range(validation)]
         with multiprocessing.get_context("spawn").Pool(min(8, os.cpu_count())) as pool:
             done = list(progress(pool.imap(write_toy_clip, jobs, chunksize=16), total=len(jobs), desc=f"making toy data in {root}", unit=" clips"))
         for split, lines in ("train", done[:train]), ("validation", done[train:]):
@@ -661,12 +673,13 @@ def main(argv=None):
     toy.add_argument("--seed", type=int, help="another seed makes other clips of the same kind (default: 0)")
     toy.add_argument("--train", type=int, help="training clips (default: 6000)")
     toy.add_argument("--validation", type=int, help="validation clips (default: 500)")
+    toy.add_argument("--difficulty", type=float, help="0 to 1: long clips with a short motion, low contrast, texture, more moving distractors (default: 0)")
     args, rest = p.parse_known_args(argv)
     if rest and args.command != "show":
         p.error(f"unrecognized arguments: {' '.join(rest)}")
     args.data_root = args.data_root or f"datasets/{getattr(args, 'dataset', 'toy')}"
     if args.command == "toy":
-        make_toy(args.data_root, args.seed, args.train, args.validation)
+        make_toy(args.data_root, args.seed, args.train, args.validation, args.difficulty)
     elif args.command == "check":
         sys.exit(1 if check(args) else 0)
     else:

@@ -569,8 +569,8 @@ def render_quietly(scene, monkeypatch):
         return data.toy_render(scene).astype(int)
 
 
-def toy_scene(motion, seed=0, n=8):
-    return data.toy_scene(np.random.default_rng([seed, motion]), motion, n)
+def toy_scene(motion, seed=0, n=8, difficulty=0.0):
+    return data.toy_scene(np.random.default_rng([seed, motion]), motion, n, difficulty)
 
 
 def test_toy_clips_follow_from_the_seed():
@@ -583,12 +583,13 @@ def test_toy_clips_follow_from_the_seed():
     assert [data.toy_clip(0, "train", i)[1] for i in range(10)] == list(sum(data.TOY_CLASSES, ()))
 
 
+@pytest.mark.parametrize("difficulty", (0.0, 1.0))
 @pytest.mark.parametrize("motion", range(5))
-def test_toy_backward_is_forward_reversed_in_time(motion, monkeypatch):
+def test_toy_backward_is_forward_reversed_in_time(motion, difficulty, monkeypatch):
     # The same draws, so the same scene, for the two classes of a pair: one is exactly the other's frames in reverse.
     monkeypatch.setattr(data.np.random, "default_rng", lambda seed, make=np.random.default_rng: make(
         seed[:-1] if isinstance(seed, list) else seed))                # forget the clip's number
-    (forward, a), (backward, b) = (data.toy_clip(0, "train", 2 * motion + k) for k in (0, 1))
+    (forward, a), (backward, b) = (data.toy_clip(0, "train", 2 * motion + k, difficulty) for k in (0, 1))
     assert (a, b) == data.TOY_CLASSES[motion]
     assert (forward == backward[::-1]).all() and (forward != backward).any()
 
@@ -631,14 +632,15 @@ def mirrored_scene(scene):
     """The same scene in a mirror: x counts from the other side, angles turn the other way."""
     states = scene["states"].copy()
     states[0], states[2] = 1 - states[0], 0.5 - states[2]
-    return dict(scene, states=states, texture=scene["texture"][:, ::-1],
+    return dict(scene, states=states, texture=scene["texture"][:, ::-1], fine_texture=scene["fine_texture"][:, ::-1],
                 distractors=[dict(d, x=1 - d["x"]) for d in scene["distractors"]],
                 blobs=[(np.array([cy, 1 - cx]), size, color) for (cy, cx), size, color in scene["blobs"]])
 
 
+@pytest.mark.parametrize("difficulty", (0.0, 1.0))
 @pytest.mark.parametrize("motion", range(5))
-def test_a_mirrored_toy_clip_is_one_of_the_mirrored_class(motion, monkeypatch):
-    scene = toy_scene(motion)
+def test_a_mirrored_toy_clip_is_one_of_the_mirrored_class(motion, difficulty, monkeypatch):
+    scene = toy_scene(motion, difficulty=difficulty)
     mirror = mirrored_scene(scene)
     difference = np.abs(render_quietly(mirror, monkeypatch) - render_quietly(scene, monkeypatch)[:, :, ::-1])
     assert (difference > 2).mean() < 1e-3               # the edge of a blob may round to the other pixel
@@ -654,14 +656,15 @@ def test_a_mirrored_toy_clip_is_one_of_the_mirrored_class(motion, monkeypatch):
         assert (np.sign(np.round(seen, 9)) == np.sign(np.round(expected, 9))).all()
 
 
-def test_a_single_toy_frame_says_nothing_about_the_class():
+@pytest.mark.parametrize("difficulty", (0.0, 1.0))
+def test_a_single_toy_frame_says_nothing_about_the_class(difficulty):
     # At a random frame every state must be uniform on its circle for every motion, and the nuisances drawn alike.
     frame = np.random.default_rng(0)
     for motion in range(5):
         states, nuisances = [], []
         for seed in range(400):
-            scene = toy_scene(motion, seed, n=18)
-            t = frame.integers(18)
+            scene = toy_scene(motion, seed, 18, difficulty)
+            t = frame.integers(scene["states"].shape[1])
             states.append(scene["states"][:, t] % 1)
             nuisances.append([scene["colors"].mean(), scene["texture"].mean(), scene["profile"].mean(), scene["distractors"][2]["x"][t] % 1])
         for values in np.array(states).T:
@@ -670,17 +673,30 @@ def test_a_single_toy_frame_says_nothing_about_the_class():
         assert np.abs(np.mean(nuisances, axis=0) - [0.525, 0.375, 0.494, 0.5]).max() < 0.06
 
 
-def test_toy_steps_are_shorter_than_half_a_period():
+@pytest.mark.parametrize("difficulty", (0.0, 0.5, 1.0))
+def test_toy_steps_are_shorter_than_half_a_period(difficulty):
     # Else 16 sampled frames would not tell forward from backward.
     largest = 0
     rng = np.random.default_rng(0)
     for seed in range(300):
         for motion in (0, 1):
-            n = int(rng.integers(18, 31))
-            states = toy_scene(motion, seed, n)["states"]
-            for indices in (data.sample_indices(n, 16), data.sample_indices(n, 16, rng)):
+            states = toy_scene(motion, seed, int(rng.integers(18, 31)), difficulty)["states"]
+            for indices in (data.sample_indices(states.shape[1], 16), data.sample_indices(states.shape[1], 16, rng)):
                 largest = max(largest, np.abs(np.diff(states[:, indices])).max())
     assert largest < 0.5
+
+
+@pytest.mark.parametrize("motion", range(5))
+def test_a_difficult_toy_clip_is_long_and_moves_for_a_short_part_of_it(motion):
+    for seed in range(20):
+        easy, hard = toy_scene(motion, seed, 24), toy_scene(motion, seed, 24, 1.0)
+        assert easy["states"].shape[1] == 24 and hard["states"].shape[1] == 96
+        moves = np.flatnonzero(np.diff(hard["states"][motion]))
+        assert 0 < len(moves) <= 23 and moves[-1] - moves[0] < 24
+        assert 0.4 <= abs(np.diff(hard["states"][motion]).sum()) <= 1.7 / 2.8
+        assert (np.diff(np.delete(hard["states"], motion, axis=0)) == 0).all()
+        assert hard["contrast"] < easy["contrast"] == 1 and not easy["fine_texture"].any() and hard["fine_texture"].any()
+        assert len(hard["distractors"]) > len(easy["distractors"])
 
 
 @pytest.fixture(scope="module")
@@ -704,8 +720,11 @@ def test_make_toy_is_in_v1s_layout_and_made_once(toy, capsys):
     data.make_toy(toy, seed=1, train=20, validation=10)                # is there: nothing happens
     assert {p: p.stat().st_mtime_ns for p in toy.rglob("*")} == before
     assert [p.name for p in toy.parent.iterdir()] == [toy.name]        # nothing left beside it
-    with pytest.raises(ValueError, match="seed"):                      # another stamp
-        data.make_toy(toy, seed=2, train=20, validation=10)
+    for other in (dict(seed=2), dict(difficulty=0.5)):                  # another stamp
+        with pytest.raises(ValueError, match="delete the folder or give another"):
+            data.make_toy(toy, **{**dict(seed=1, train=20, validation=10), **other})
+    with pytest.raises(ValueError, match="--difficulty 1.5: expected 0 to 1"):
+        data.make_toy(toy.parent / "impossible", difficulty=1.5)
     assert {p: p.stat().st_mtime_ns for p in toy.rglob("*")} == before
 
 
