@@ -1,0 +1,181 @@
+"""Models to compare STD-Former with, trained and tested by train.py and evaluate.py themselves: same data, recipe, loop and samples.
+
+    python scripts/variants.py frames train --out_dir out/frames             # flags behind `train` are train.py's
+    python scripts/variants.py frames evaluate --ckpt out/frames/last.pt     # and behind `evaluate` are evaluate.py's
+
+frames      frame-wise ViT: CLIP's blocks on every frame, class tokens averaged. It cannot know the order of the frames
+divided     space-time ViT with divided attention (TimeSformer: Bertasius et al., ICML 2021), behind STD-Former's own stem
+ctm_zero    STD-Former whose CTMs start with an output of zero, as one does for paths added to a trained network
+smem_gate   STD-Former whose SMEM scales its input (by 2 sigmoid(m), as in TEA: Li et al., CVPR 2020) instead of adding to it
+
+The first two have the width and heads of the STD-Former that the flags describe, and the number of layers that comes
+closest to its number of parameters. They answer "is it the architecture, or would any transformer do?"; the other two are
+readings of the paper (README, "Where the paper is silent") that are not worth an argument in model.py.
+"""
+import functools
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
+import evaluate
+
+import train
+from model import Attention, Block, CTM, DropPath, MLP, ModelConfig, MODELS, SMEM, STDFormer
+
+
+def layers_for(config, parameters_per_layer):
+    """The number of layers that brings a plain transformer closest to the parameters of the STD-Former of this config."""
+    with torch.device("meta"):
+        whole = sum(p.numel() for p in STDFormer(config).parameters())
+    outside = config.dim * (3 * config.stem_kernel * config.patch_size ** 2 + (config.image_size // config.patch_size) ** 2 + config.num_classes)
+    return max(1, round((whole - outside) / parameters_per_layer))
+
+
+class FrameViT(nn.Module):
+    """A frame-wise ViT: what can be said from looking at each frame alone?
+
+    CLIP's transformer on T frames, class tokens averaged over time, linear head; no frame sees another, and the mean forgets
+    their order. video: float (B, 3, F, S, S) -> logits (B, num_classes).
+    """
+    stem = STDFormer.stem
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.checkpointing = config, False
+        self.grid = (config.image_size // config.patch_size,) * 2
+        self.make_stem()
+        self.blocks = self.make_blocks()
+        self.ln_post = nn.LayerNorm(config.dim)
+        self.dropout = nn.Dropout(config.head_dropout)
+        self.head = nn.Linear(config.dim, config.num_classes)
+        self.init_weights()
+
+    def make_stem(self, kernel=1):
+        """One frame of each of STD-Former's T temporal strides (so the arithmetic is the same too); a wider kernel would see motion."""
+        c = self.config
+        self.conv1 = nn.Conv3d(3, c.dim, (kernel, c.patch_size, c.patch_size), (c.stem_stride, c.patch_size, c.patch_size), (kernel // 2, 0, 0), bias=False)
+        self.class_embedding = nn.Parameter(torch.zeros(c.dim))
+        self.positional_embedding = nn.Parameter(torch.zeros(1 + self.grid[0] * self.grid[1], c.dim))
+        self.ln_pre = nn.LayerNorm(c.dim)
+
+    def make_blocks(self):
+        c = self.config
+        depth = layers_for(c, 12 * c.dim ** 2 + 13 * c.dim)
+        return nn.ModuleList(Block(c.dim, c.heads, c.drop_path * i / max(1, depth - 1)) for i in range(depth))
+
+    def init_weights(self):
+        """STDFormer.init_weights, for this number of layers."""
+        std = self.config.dim ** -0.5
+        residual_std = std * (2 * len(self.blocks)) ** -0.5
+        for name, m in self.named_modules():
+            if isinstance(m, nn.Linear):
+                nn.init.trunc_normal_(m.weight, std=residual_std if name.endswith(("out_proj", "c_proj")) else std)
+                nn.init.zeros_(m.bias)
+        for p in (self.class_embedding, self.positional_embedding):
+            nn.init.normal_(p, std=std)
+
+    def forward(self, video):
+        x, _ = self.stem(video)                                                 # (B, T, 1+N, D)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.dropout(self.ln_post(x[:, :, 0].mean(dim=1))))
+
+
+class DividedBlock(nn.Module):
+    """Attention over time at each place, then over the places of each frame, then FFN. x: (B, T, 1+N, D) -> the same."""
+
+    def __init__(self, dim, heads, drop_path=0.0):
+        super().__init__()
+        self.ln_t, self.ln_1, self.ln_2 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn_t, self.attn = Attention(dim, heads), Attention(dim, heads)
+        self.mlp = MLP(dim)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x):
+        time = self.attn_t(self.ln_t(x).transpose(1, 2).flatten(0, 1))          # (B*(1+N), T, D)
+        x = x + self.drop_path(time.view(x.shape[0], x.shape[2], x.shape[1], -1).transpose(1, 2))
+        x = x + self.drop_path(self.attn(self.ln_1(x).flatten(0, 1)).view_as(x))
+        return x + self.drop_path(self.mlp(self.ln_2(x)))
+
+
+class DividedViT(FrameViT):
+    """A plain space-time ViT with divided attention: TimeSformer's blocks and time embedding.
+
+    Ours: STD-Former's own stem (so that both see the same token frames), and one class token per frame, averaged at the end.
+    """
+
+    def make_stem(self):                                # over several frames, as STD-Former's
+        super().make_stem(self.config.stem_kernel)
+        T = self.config.num_frames // self.config.stem_stride
+        self.time_embedding = nn.Parameter(torch.zeros(T, 1, self.config.dim))      # zero at the start, as TimeSformer's
+
+    def make_blocks(self):
+        c = self.config
+        depth = layers_for(c, 16 * c.dim ** 2 + 19 * c.dim)
+        return nn.ModuleList(DividedBlock(c.dim, c.heads, c.drop_path * i / max(1, depth - 1)) for i in range(depth))
+
+    def forward(self, video):
+        x, _ = self.stem(video)
+        x = x + self.time_embedding
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.dropout(self.ln_post(x[:, :, 0].mean(dim=1))))
+
+
+class ZeroCTM(STDFormer):
+    """STD-Former whose cross attention starts silent: y_i = x_i + FFN, and y_{i-1} has no way in until out_proj has grown."""
+
+    def init_weights(self):
+        super().init_weights()
+        for m in self.modules():
+            if isinstance(m, CTM):
+                nn.init.zeros_(m.out_proj.weight)
+
+
+class GatedSMEM(SMEM):
+    """SMEM as a gate: motion m scales each channel of each place by 2 sigmoid(m), which is 1 where there is none."""
+
+    def forward(self, y):
+        motion = super().forward(y) - y
+        return y * 2 * motion.sigmoid()
+
+
+class GateSTDFormer(STDFormer):
+    """STD-Former with GatedSMEM wherever it has an SMEM."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for m in self.modules():
+            if isinstance(m, SMEM):
+                m.__class__ = GatedSMEM                 # same parameters, another sum
+
+
+VARIANTS = {"frames": FrameViT, "divided": DividedViT, "ctm_zero": ZeroCTM, "smem_gate": GateSTDFormer}
+
+
+def build(variant, name, **overrides):
+    """Build a variant as model.build_model builds STD-Former: the same size, the same fields."""
+    return VARIANTS[variant](ModelConfig(**{**MODELS[name], **overrides}))
+
+
+def main(argv):
+    if len(argv) < 2 or argv[0] not in VARIANTS or argv[1] not in ("train", "evaluate"):
+        sys.exit(f"usage: python scripts/variants.py {'|'.join(VARIANTS)} train|evaluate FLAGS\n\n{__doc__}")
+    variant, program, *flags = argv
+    if program == "train":
+        train.build_model = functools.partial(build, variant)
+        train.main(flags)
+    else:
+        evaluate.STDFormer = VARIANTS[variant]
+        evaluate.main(flags)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, FileNotFoundError, FloatingPointError, data.ClipError) as e:
+        sys.exit(f"variants.py: {data.reason(e)}")
