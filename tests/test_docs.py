@@ -128,9 +128,9 @@ class Session(code.InteractiveConsole):
 
 def test_walkthrough_runs_as_printed(tmp_path, monkeypatch):
     """All Python of the walk-through in one session, on a small toy and a model of two steps; shapes and outputs in its comments are compared."""
-    data.make_toy(tmp_path / "datasets" / "toy", train=40, validation=10)
+    data.make_toy(tmp_path / "datasets" / "toy", train=4, validation=10)
     monkeypatch.chdir(tmp_path)
-    train.main("--image_size 48 --epochs 1 --warmup_epochs 0 --batch_size 20 --workers 0 --device cpu --out_dir out/toy48".split())
+    train.main("--image_size 48 --epochs 1 --warmup_epochs 0 --batch_size 2 --workers 0 --device cpu --out_dir out/toy48".split())
     session, random_state = Session(), torch.get_rng_state()
     try:
         counts = [session.run(block) for block in blocks("python")]
