@@ -20,13 +20,14 @@ is added to the model: forward hooks read what flows through it. ctm, smem, stdm
 import argparse
 import sys
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
@@ -141,43 +142,55 @@ def smem_features(seen, name, smem):
 def motion_field(f, grid):
     """Where each place goes from a frame to the next, read from SMEM's features: (T-1, H, W, 2) steps (down, right), and where to trust it.
 
-    For each place of frame t, its correlation with the places of frame t+1 -> softmax -> mean position, less the place's own. Two
-    changes to the row that SMEM computes, without which it pointed nowhere on the toy (the right side in half of the cases):
-      - each place's mean over time is taken off first, and lengths are divided out (a cosine). A standing background is alike
-        in all frames, and places with large features would draw all arrows to themselves;
+    SMEM correlates each place of frame t with all places of frame t+1; softmax over such a row and the mean of the places, less the place
+    itself, would be a displacement. On the toy that points to the right side in half of the cases, that is, nowhere: a standing background is
+    alike in all frames, and places with large features draw all arrows to themselves. So the rows are cleaned as in block matching:
+      - each place's mean over time is taken off first: only what changes is followed;
+      - normalised cross-correlation: products, averaged over the 3 x 3 places around, over the lengths of both sides;
       - places more than a sixth of the picture away do not count, and a row that prefers none of them gives no motion.
-    trust, bool (T-1, H, W): the place changes (a third or more of the clip's largest change) and something alike is near
-    (cosine above 0.5). Features reach back and forth in time (stem, CTM), their places are whole patches, and
-    nothing trains them to follow things: this is a hint, not optical flow.
+    trust, bool (T-1, H, W): the place differs from its mean (by a third or more of the clip's largest difference), and its best match
+    is above 0.5. So 91 % of the arrows on the toy's moving thing point to the right side (tiny model at 48 pixels), but 99 % of an untrained
+    model's do: they show what there is in the features to be correlated, not what training made of it. Nothing trains them to follow
+    things, they reach back and forth in time (stem, CTM), and their places are whole patches. A hint, not optical flow.
     f: (T, N, C) with N = H * W.
     """
-    change = f - f.mean(0)
-    unit = F.normalize(change, dim=-1)
-    rows, columns = torch.meshgrid(*(torch.arange(n, device=f.device).float() for n in grid), indexing="ij")
-    place = torch.stack([rows, columns], dim=-1).flatten(0, 1)                  # (N, 2)
-    near = (place[:, None] - place).abs().amax(-1) <= max(1, grid[0] // 6)      # (N, N)
-    cosine = (unit[:-1] @ unit[1:].transpose(-2, -1)).masked_fill(~near, -torch.inf)
-    weight = (10 * cosine).softmax(-1) - near / near.sum(-1, keepdim=True)      # 10: about a tenth of cosine decides
+    (H, W), reach = grid, max(1, grid[0] // 6)
+    change = (f - f.mean(0)).unflatten(1, grid)                                 # (T, H, W, C)
+    here, there = change[:-1], F.pad(change[1:], (0, 0) + (reach,) * 4)
+    inside = F.pad(torch.ones(H, W, device=f.device), (reach,) * 4).bool()
+
+    def block(z):
+        return F.avg_pool2d(z, 3, 1, 1)
+
+    steps = [(down, right) for down in range(-reach, reach + 1) for right in range(-reach, reach + 1)]
+    likeness = []
+    for down, right in steps:
+        cut = np.s_[reach + down:reach + down + H, reach + right:reach + right + W]
+        moved = there[:, *cut]
+        match = block((here * moved).sum(-1)) / (block((here ** 2).sum(-1)) * block((moved ** 2).sum(-1))).sqrt().clamp(min=1e-9)
+        likeness.append(match.masked_fill(~inside[cut], -torch.inf))
+    likeness = torch.stack(likeness, dim=-1)                                    # (T-1, H, W, steps), -1 ... 1
+    possible = likeness > -torch.inf
+    weight = (10 * likeness).softmax(-1) - possible / possible.sum(-1, keepdim=True)               # 10: a tenth of likeness decides
     size = change.norm(dim=-1)[:-1]
-    trust = (size > size.max() / 3) & (cosine.amax(-1) > 0.5)
-    return (weight @ place).unflatten(1, grid), trust.unflatten(1, grid)
+    return weight @ torch.tensor(steps, device=f.device, dtype=f.dtype), (size > size.max() / 3) & (likeness.amax(-1) > 0.5)
 
 
 def relevance(model, video, steps=16):
     """How much each place of each token frame speaks for the answer: (T, H, W), and the logits of the clip and of its still version.
 
-    Integrated gradients (Sundararajan et al., 2017) at the stem's output: from a clip that stands still (each place keeps its
-    mean over time) to the clip, the gradient of the winning class's logit times the change, summed over the channels. So the map sums to
-    logit(clip) - logit(still clip), up to `steps`, and what does not change has none. (Grad-CAM, Selvaraju et al., 2017, on the
+    Integrated gradients (Sundararajan et al., 2017) at the stem's output: on the way from a clip that stands still (all frames are their
+    mean) to the clip, the gradient of the winning class's logit times the change, summed over the channels. So the map sums to
+    logit(clip) - logit(still clip), up to `steps`, and a place that does not change has none. (Grad-CAM, Selvaraju et al., 2017, on the
     last y was tried first: there the frames have been mixed so much that it showed the toy's moving thing no better than chance.)
-    It explains this model's number, not the world: a place can matter since the model compares it with another.
+    It explains this model's number, not the world: a place can matter because the model compares it with another.
     """
     for p in model.parameters():
         p.requires_grad_(False)
     with torch.no_grad():
         tokens = model.conv1(video)                                             # (1, D, T, H, W)
+        still = model.conv1(video.mean(2, keepdim=True).expand_as(video))
         winner = model(video)[0].argmax()
-    still = tokens.mean(2, keepdim=True).expand_as(tokens)
 
     def logit(tokens):
         hook = model.conv1.register_forward_hook(lambda module, inputs, output: tokens)
@@ -207,7 +220,6 @@ class Case:
     probability: torch.Tensor   # (classes,)
     seen: dict                  # look_inside's
     place: tuple                # (row, column), or None: the mean over places
-    moving: tuple               # the place that moves most
     relevance: tuple = None     # relevance()'s
     motion: tuple = None        # motion_field()'s
 
@@ -286,12 +298,13 @@ def with_arrows(image, field, trust):
 def draw_top(draw, box, probability, classes, before=None, rows=5):
     """The most likely classes in a box (x, y, width): text over a bar, percent beside it; with `before`, its change in points."""
     x, y, width = box
+    full = width - 90                                                           # length of a bar of 100 %
     top = probability.topk(min(rows, len(classes)))
     for k, (p, i) in enumerate(zip(*(t.tolist() for t in top))):
         row, left = y + 33 * k, x + 48
-        draw.rectangle((left, row, left + max(1, p * (width - 48)), row + 29), fill=PALE_BLUE)
+        draw.rectangle((left, row, left + max(1, p * full), row + 29), fill=PALE_BLUE)
         draw.text((left - 5, row + 15), f"{100 * p:.0f} %", INK, font(), anchor="rm")
-        lines = wrap(classes[i], width - 60 - (48 if before is not None else 0), 12)
+        lines = wrap(classes[i], full - 10, 12)
         draw.multiline_text((left + 5, row + 14), "\n".join(lines), INK, font(12), anchor="lm", spacing=1)
         if before is not None and abs(p - before[i].item()) >= 0.005:
             change = 100 * (p - before[i].item())
@@ -375,31 +388,29 @@ def draw_relevance(out, c):
     size, T = 96, len(heat)
     limit = heat.abs().flatten().quantile(0.99).clamp(min=1e-9)
     chosen = columns_of(T)
-    body = Image.new("RGB", (len(chosen) * (size + 3) + 70, 2 * size + 120), "white")
+    body = Image.new("RGB", (len(chosen) * (size + 3) + 70, 2 * size + 94), "white")
     draw = ImageDraw.Draw(body)
     per_frame = heat.sum((1, 2)).cpu()
-    scale = per_frame.abs().max().clamp(min=1e-9)
-    base = 2 * size + 60
+    scale, top, base = per_frame.abs().max().clamp(min=1e-9), 20, 2 * size + 74
     draw.line((0, base, len(chosen) * (size + 3), base), GREY)
     for k, t in enumerate(chosen):
         x, image = k * (size + 3), to_image(c.token_frame(t), size)
-        body.paste(image, (x, 0))
-        body.paste(with_heat(image, heat[t], limit), (x, size + 3))
+        draw.text((x + size / 2, 9), f"frame {c.token_index(t)}", INK, font(12), anchor="mm")
+        body.paste(image, (x, top))
+        body.paste(with_heat(image, heat[t], limit), (x, top + size + 3))
         bar = float(per_frame[t] / scale) * 42
         draw.rectangle((x + 25, min(base, base - bar), x + size - 25, max(base, base - bar)), fill=ORANGE if bar > 0 else BLUE)
-        draw.text((x + size / 2, base + (9 if bar > 0 else -9)), f"{per_frame[t]:+.1f}", INK, font(12), anchor="mm")
-        draw.text((x + size / 2, 2 * size + 112), f"frame {c.token_index(t)}", INK, font(12), anchor="mm")
-    x = len(chosen) * (size + 3) + 8
+        draw.text((x + size / 2, base + (10 if bar > 0 else -9)), f"{per_frame[t]:+.1f}", INK, font(12), anchor="mm")
+    x, top = len(chosen) * (size + 3) + 8, top + size + 3
     for k in range(size):                               # the legend of the colours
         value = 1 - 2 * k / (size - 1)
-        tone = np.array(Image.new("RGB", (1, 1), ORANGE if value > 0 else BLUE).getpixel((0, 0)))
-        draw.line((x, size + 3 + k, x + 12, size + 3 + k), tuple((128 + (tone - 128) * abs(value) * 0.9).astype(int)))
-    draw.text((x + 17, size + 9), f"{limit:+.2f}", INK, font(12), anchor="lm")
-    draw.text((x + 17, size + 3 + size // 2), "0", INK, font(12), anchor="lm")
-    draw.text((x + 17, 2 * size - 3), f"{-limit:+.2f}", INK, font(12), anchor="lm")
+        tone = np.array(ImageColor.getrgb(ORANGE if value > 0 else BLUE))
+        draw.line((x, top + k, x + 12, top + k), tuple((128 + (tone - 128) * abs(value) * 0.9).astype(int)))
+    for text, y in (f"{limit:+.2f}", top + 6), ("0", top + size // 2), (f"{-limit:+.2f}", top + size - 6):
+        draw.text((x + 17, y), text, INK, font(12), anchor="lm")
     draw.text((x, base), "sum", INK, font(12), anchor="lm")
     titled(f"What speaks for \"{c.classes[int(c.probability.argmax())]}\" (orange) and against it (blue)", body,
-           f"integrated gradients; its logit is {own:.2f}, and {still:.2f} if the clip stood still: all places sum to {heat.sum():.2f}").save(out)
+           f"integrated gradients; its logit is {own:.2f}, and {still:.2f} if the clip stood still, {own - still:.2f} less; all places sum to {heat.sum():.2f}").save(out)
 
 
 def columns_of(T):
@@ -477,7 +488,7 @@ def bare(axis):
 def draw_ctm(out, c):
     """ctm.png: which frame looks at which, one T x T map per layer and head, and per layer the mean weight by time difference.
 
-    Section 3.3, Fig. 3. Row: the frame that asks (query, from the ST-branch); column: the frame that it looks at (memory). Each
+    Section 3.3, Fig. 3. Each row of a map is a frame that asks (query, from the ST-branch); each column one that it looks at (memory). A
     row sums to 1. A diagonal: each frame looks at itself; one beside it: at its neighbour before or after; stripes down: all look at the
     same frames. On the right, thin lines are heads, dashes the weight if it looked at all alike. Averaged over all places, or at --place.
     Weights tell where it looks, not what it takes from there, nor that the answer needs it (Jain and Wallace, 2019).
@@ -486,11 +497,11 @@ def draw_ctm(out, c):
     maps = []                                           # per layer (heads, T, T)
     for i in range(L):
         a = ctm_attention(c.seen, i, heads)
-        maps.append((a.mean(0) if c.place is None else a[c.place[0] * c.model.grid[1] + c.place[1]]).cpu())
+        maps.append((a.mean(0) if c.place is None else a[c.place[0] * c.model.grid[1] + c.place[1]]).cpu().numpy())
     T = maps[0].shape[-1]
-    limit = max(m.max().item() for m in maps)
+    limit = max(m.max() for m in maps)
     where = "mean over all places" if c.place is None else f"at place ({c.place[0]}, {c.place[1]})"
-    figure = new_figure(max(6, 1.25 * heads + 3.1), max(3, 1.25 * L + 1.2), f"CTM: which frame looks at which, {where}")
+    figure = new_figure(max(6, 1.25 * heads + 3.6), max(3, 1.3 * L + 0.9), f"CTM: which frame looks at which, {where}")
     axes = figure.subplots(L, heads + 1, squeeze=False, gridspec_kw=dict(width_ratios=[1] * heads + [1.7]))
     for i in range(L):
         for h in range(heads):
@@ -501,9 +512,9 @@ def draw_ctm(out, c):
             axis.tick_params(labelbottom=i == L - 1, labelleft=h == 0)
             if i == 0:
                 axis.set_title(f"head {h}", fontsize=9)
-        axes[i, 0].set_ylabel(f"layer {i}", fontsize=9)
+        axes[i, 0].set_ylabel(f"layer {i}\nquery frame" if i == 0 else f"layer {i}", fontsize=9)
         axis, apart = axes[i, heads], np.arange(1 - T, T)
-        lines = np.array([[m.diagonal(int(d)).mean().item() for d in apart] for m in maps[i]])       # diagonal d: memory - query = d
+        lines = np.array([[m.diagonal(d).mean() for d in apart] for m in maps[i]])       # diagonal d: memory - query = d
         axis.plot(apart, lines.T, color=BLUE, lw=0.7, alpha=0.5)
         axis.plot(apart, lines.mean(0), color=BLUE, lw=2)
         axis.axhline(1 / T, color=ORANGE, ls="--", lw=1)
@@ -512,11 +523,10 @@ def draw_ctm(out, c):
         axis.tick_params(labelsize=8, length=2, labelbottom=i == L - 1)
         axis.yaxis.tick_right()
         if i == 0:
-            axis.set_title("mean weight by time difference", fontsize=9)
+            axis.set_title("by time difference", fontsize=9)
     axes[L - 1, heads].set_xlabel("memory frame - query frame", fontsize=9)
-    figure.supxlabel("memory frame (it looks at this one)", fontsize=9, x=0.35)
-    figure.supylabel("query frame (this one looks)", fontsize=9)
-    bar = figure.colorbar(shown, ax=axes[:, :heads], location="left", shrink=min(1, 3 / L), pad=0.02)
+    axes[L - 1, 0].set_xlabel("memory frame", fontsize=9)
+    bar = figure.colorbar(shown, ax=axes, location="right", shrink=min(1, 2.4 / L), pad=0.02)
     bar.set_label("attention weight", fontsize=9)
     bar.ax.tick_params(labelsize=8)
     figure.savefig(out)
@@ -526,31 +536,30 @@ def draw_smem(out, c):
     """smem.png: for each SMEM, the motion that its features hold, the correlation row of one place, and what it adds.
 
     Section 3.5, Fig. 5. Arrows: see motion_field; none where the features do not tell. Second row: SMEM's own correlation, as it is, of
-    the boxed place (--place, else the one that moves most) with all places of the next frame, each map in its own range; bright: alike.
+    the boxed place (--place, else the one whose features are furthest from their mean over time) with all places of the next frame; bright is
+    alike, each map has its own range. Places with large features are bright in all of them, whatever moves.
     Third row: length of the vector that SMEM adds, relative to the one it is added to. It says where SMEM acts, not what it says there.
     With fusion "add" no two places are compared (sum of a plus sum of b), so there are no arrows.
     """
     names = [f"{branch}.{i}" for branch in ("smem_st", "smem_t") for i in present(c.model, branch)]
     T = len(c.seen[names[0]][1][0])
     chosen = columns_of(T - 1)
-    figure = new_figure(1.17 * len(chosen) + 1.2, 4.5 * len(names) + 0.35, "SMEM: where does each place go in the next frame?")
+    figure = new_figure(max(4.8, 1.17 * len(chosen) + 1.2), 3.75 * len(names) + 0.45, "SMEM: where does each place go in the next frame?")
     axes = figure.subplots(3 * len(names), len(chosen), squeeze=False)
-    r, col = c.place or c.moving
     for n, name in enumerate(names):
         smem, (inputs, output) = c.model.get_submodule(name), c.seen[name]
         f, (H, W) = smem_features(c.seen, name, smem), smem.grid
         field, trust = motion_field(f, smem.grid)
-        place = (r * H // c.model.grid[0], col * W // c.model.grid[1])
-        rows = smem.correlation(f[None])[0, :, place[0] * W + place[1]].unflatten(-1, smem.grid).cpu()      # (T-1, H, W)
-        added = ((output - inputs[0]).norm(dim=-1) / inputs[0].norm(dim=-1))[0].cpu()                       # (T, H, W)
+        rows = smem.correlation(f[None])[0].unflatten(-1, smem.grid).cpu().numpy()                            # (T-1, N, H, W)
+        added = ((output - inputs[0]).norm(dim=-1) / inputs[0].norm(dim=-1))[0].cpu().numpy()               # (T, H, W)
         for k, t in enumerate(chosen):
             image = to_image(c.token_frame(t), 192)
             top, middle, bottom = axes[3 * n:3 * n + 3, k]
             top.imshow(image if smem.fusion == "add" else with_arrows(image, field[t], trust[t]), extent=(-0.5, W - 0.5, H - 0.5, -0.5))
-            middle.imshow(rows[t], cmap="viridis")
-            for axis in top, middle:
-                axis.plot([place[1] + d for d in (-0.5, 0.5, 0.5, -0.5, -0.5)], [place[0] + d for d in (-0.5, -0.5, 0.5, 0.5, -0.5)], color="white", lw=2.2)
-                axis.plot([place[1] + d for d in (-0.5, 0.5, 0.5, -0.5, -0.5)], [place[0] + d for d in (-0.5, -0.5, 0.5, 0.5, -0.5)], color=ORANGE, lw=1.2)
+            r, q = c.place or divmod((f - f.mean(0))[t].norm(dim=-1).argmax().item(), W)
+            middle.imshow(rows[t, r * W + q], cmap="viridis")
+            for axis, (colour, width) in product((top, middle), (("white", 2.6), (ORANGE, 1.4))):
+                axis.plot([q - 0.5, q + 0.5, q + 0.5, q - 0.5, q - 0.5], [r - 0.5, r - 0.5, r + 0.5, r + 0.5, r - 0.5], color=colour, lw=width)
             shown = bottom.imshow(added[t], cmap="viridis", vmin=0, vmax=added.max())
             top.set_title(f"frame {c.token_index(t)} to {c.token_index(t + 1)}", fontsize=9)
             for axis in top, middle, bottom:
@@ -572,9 +581,9 @@ def draw_stdm(out, c):
     all layers. It says where and how much comes back, not whether the answer needs it.
     """
     layers = present(c.model, "stdm")
-    share = {i: (c.seen[f"stdm.{i}"][1].norm(dim=-1) / c.seen[f"ctm.{i}"][0][0].norm(dim=-1))[0].cpu() for i in layers}     # CTM's query is x
-    chosen, limit = columns_of(len(share[layers[0]])), max(s.max().item() for s in share.values())
-    figure = new_figure(1.17 * len(chosen) + 1.2, 1.2 * (len(layers) + 1) + 0.6, "STDM: how much is fed back to which place")
+    share = {i: (c.seen[f"stdm.{i}"][1].norm(dim=-1) / c.seen[f"ctm.{i}"][0][0].norm(dim=-1))[0].cpu().numpy() for i in layers}    # CTM's query is x
+    chosen, limit = columns_of(len(share[layers[0]])), max(s.max() for s in share.values())
+    figure = new_figure(max(4.8, 1.17 * len(chosen) + 1.2), 1.2 * (len(layers) + 1) + 0.6, "STDM: how much is fed back to which place")
     axes = figure.subplots(len(layers) + 1, len(chosen), squeeze=False)
     for k, t in enumerate(chosen):
         axes[0, k].imshow(to_image(c.token_frame(t), 192))
@@ -611,7 +620,7 @@ def draw_ptm(out, c):
             values.append(z.norm(dim=-1).mean().item() if z is not None else 0)
         length.append(x[:, :, 1:].norm(dim=-1).mean().item())
     labels = dict(zip(sizes, ("attention, y1", "FFN, alpha y2", "convolution, beta y3")))
-    figure = new_figure(max(6, 0.95 * len(names) + 1.5), 3.6, "PTM: sizes of the three terms of Eq. 1")
+    figure = new_figure(max(6, 0.95 * len(names) + 1.5), 3.9, "PTM: sizes of the three terms of Eq. 1")
     axis = figure.subplots()
     for k, (name, colour) in enumerate(zip(sizes, (BLUE, ORANGE, GREEN))):
         axis.bar(np.arange(len(names)) + 0.25 * (k - 1), sizes[name], 0.23, color=colour, label=labels[name])
@@ -620,7 +629,7 @@ def draw_ptm(out, c):
     axis.set_ylabel("mean length over patch tokens", fontsize=9)
     axis.tick_params(axis="y", labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     figure.savefig(out)
 
 
@@ -652,7 +661,7 @@ def main(argv=None):
     p.add_argument("--out", default="pictures", metavar="DIR", help="folder for the pictures; files of the same names are overwritten (default: %(default)s)")
     p.add_argument("--only", nargs="+", choices=PICTURES, default=PICTURES, metavar="NAME", help=f"draw these only: {', '.join(PICTURES)}; relevance takes the most time")
     p.add_argument("--place", nargs=2, type=int, metavar=("ROW", "COLUMN"), help="a place of the patch grid, from 0: CTM's attention and SMEM's row there "
-                   "(default: CTM's mean over all places, SMEM's row of the place that moves most, which is printed)")
+                   "(default: CTM's mean over all places, SMEM's row of the place that stands out in each frame)")
     p.add_argument("--steps", type=int, default=16, help="steps of the relevance's integral; more when its sum and the difference of the logits, both on the picture, are far apart (default: %(default)s)")
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="auto takes the first that is there")
     p.add_argument("--toy_classes", metavar="FILE", help="write one animation of the toy's ten classes, .webp or .gif, and stop; needs no checkpoint")
@@ -692,7 +701,7 @@ def main(argv=None):
     logits, seen = look_inside(model, normalized(video))
     moving = most_moving(video, model.grid)
     case = Case(model, classes, video, indices, seconds, f"clip {args.clip}" + (f", \"{label}\"" if label else "") if args.clip else Path(path).name,
-                ask, logits.softmax(-1).cpu(), seen, tuple(args.place) if args.place else None, moving)
+                ask, logits.softmax(-1).cpu(), seen, tuple(args.place) if args.place else None)
     winner = int(case.probability.argmax())
     print(f"{case.title}: {100 * case.probability[winner]:.1f} % {classes[winner]}; most movement at --place {moving[0]} {moving[1]} of {model.grid[0]} x {model.grid[1]}")
 
