@@ -400,17 +400,17 @@ def draw_relevance(out, c):
         body.paste(with_heat(image, heat[t], limit), (x, top + size + 3))
         bar = float(per_frame[t] / scale) * 42
         draw.rectangle((x + 25, min(base, base - bar), x + size - 25, max(base, base - bar)), fill=ORANGE if bar > 0 else BLUE)
-        draw.text((x + size / 2, base + (10 if bar > 0 else -9)), f"{per_frame[t]:+.1f}", INK, font(12), anchor="mm")
+        draw.text((x + size / 2, base + (10 if bar > 0 else -9)), f"{per_frame[t]:+.2g}", INK, font(12), anchor="mm")
     x, top = len(chosen) * (size + 3) + 8, top + size + 3
     for k in range(size):                               # the legend of the colours
         value = 1 - 2 * k / (size - 1)
         tone = np.array(ImageColor.getrgb(ORANGE if value > 0 else BLUE))
         draw.line((x, top + k, x + 12, top + k), tuple((128 + (tone - 128) * abs(value) * 0.9).astype(int)))
-    for text, y in (f"{limit:+.2f}", top + 6), ("0", top + size // 2), (f"{-limit:+.2f}", top + size - 6):
+    for text, y in (f"{limit:+.2g}", top + 6), ("0", top + size // 2), (f"{-limit:+.2g}", top + size - 6):
         draw.text((x + 17, y), text, INK, font(12), anchor="lm")
     draw.text((x, base), "sum", INK, font(12), anchor="lm")
     titled(f"What speaks for \"{c.classes[int(c.probability.argmax())]}\" (orange) and against it (blue)", body,
-           f"integrated gradients; its logit is {own:.2f}, and {still:.2f} if the clip stood still, {own - still:.2f} less; all places sum to {heat.sum():.2f}").save(out)
+           f"integrated gradients; its logit is {own:.2f}, that of the clip standing still {still:.2f}, difference {own - still:.2f}; all places sum to {heat.sum():.2f}").save(out)
 
 
 def columns_of(T):
