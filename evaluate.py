@@ -161,21 +161,37 @@ def write_report(folder, rows, classes):
             if wrong[i, j]:
                 out.writerow([classes[i], classes[j], wrong[i, j], clips[i]])
     try:
+        from matplotlib.colors import PowerNorm
         from matplotlib.figure import Figure
     except ImportError:
         print(f"{folder}: per_class.csv and confused.csv written; confusion.png needs matplotlib (pip install matplotlib)")
         return
-    n = len(classes)
-    side = min(24, 7 + 0.11 * n)
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    n, share = len(classes), confusion / np.maximum(clips[:, None], 1)
+    many = n > 30                                       # then columns have numbers, and cells none
+    side = max(3, n * (0.118 if many else 0.42))        # inches; many: 15 pixels a class, with letters of 12
+    figure = Figure(figsize=(side + (7 if many else 4.5), side + (1.5 if many else 3.6)), layout="constrained", dpi=130 if many else 100)
     axis = figure.subplots()
-    picture = axis.imshow(confusion / np.maximum(clips[:, None], 1), cmap="Blues", vmin=0, vmax=1)
-    size = max(5.5, 9 - 0.04 * n)
-    axis.set_yticks(range(n), classes, fontsize=size)
-    axis.set_xticks(range(n), [str(i) for i in range(n)] if n > 30 else classes, fontsize=size, rotation=90)
-    axis.set(xlabel="predicted" + (" (number of the row)" if n > 30 else ""), ylabel="true class")
-    figure.colorbar(picture, label="share of the true class", shrink=0.6)
-    figure.savefig(folder / "confusion.png", dpi=130, bbox_inches="tight")
+    picture = axis.imshow(share, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))     # roots: single mistakes stay visible
+    size = 6.5 if many else 9
+    axis.set_yticks(range(n), [f"{c}  {i}" for i, c in enumerate(classes)] if many else classes, fontsize=size)
+    axis.set_xticks(range(n), range(n) if many else classes, fontsize=size, rotation=90)
+    axis.tick_params(length=2, labeltop=many)
+    if many:
+        axis.set_yticks(np.arange(4.5, n, 5), minor=True)
+        axis.set_xticks(np.arange(4.5, n, 5), minor=True)
+        axis.grid(which="minor", color="#DDDDDD", lw=0.6)
+        axis.tick_params(which="minor", length=0)
+        axis.secondary_yaxis("right").set_yticks(range(n), range(n), fontsize=size)
+    else:
+        for i, j in zip(*share.nonzero()):
+            axis.text(j, i, f"{100 * share[i, j]:.0f}", ha="center", va="center", fontsize=8, color="white" if share[i, j] > 0.4 else "#222222")
+    axis.set_xlabel("predicted class" + (", by its number" if many else ""), fontsize=10)
+    axis.set_ylabel("true class", fontsize=10)
+    axis.set_title("Which class is taken for which" + ("" if many else ", % of the true class's clips"), fontsize=11.5, loc="left")
+    bar = figure.colorbar(picture, shrink=min(1, 3.5 / side), aspect=15, pad=0.01, ticks=[0, 0.05, 0.2, 0.5, 1])
+    bar.set_label("share of the true class's clips", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+    figure.savefig(folder / "confusion.png", bbox_inches="tight")
     print(f"{folder}: per_class.csv, confused.csv and confusion.png written")
 
 

@@ -210,17 +210,21 @@ def draw_curves(out_dir):
         return
     rows = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
     train, evals = [r for r in rows if r["kind"] == "train"], [r for r in rows if r["kind"] == "eval"]
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    figure = Figure(figsize=(10, 3), layout="constrained", dpi=100)
     for axis, (title, points) in zip(figure.subplots(1, 3), {
             "training loss": [(train, "loss", None)], "learning rate": [(train, "lr", None)],
             "validation accuracy, %": [(evals, "top1", "top-1"), (evals, "top5", "top-5")]}.items()):
-        for source, key, label in points:
-            axis.plot([r["step"] for r in source], [r[key] for r in source], label=label, marker="." if source is evals else None)
-        axis.set(title=title, xlabel="step")
+        for (source, key, label), colour in zip(points, ("#0072B2", "#D55E00")):                   # Okabe and Ito's
+            axis.plot([r["step"] for r in source], [r[key] for r in source], label=label, color=colour, lw=1.5, marker="o" if source is evals else None, ms=4)
+        axis.set_title(title, fontsize=11.5, loc="left")
+        axis.set_xlabel("step", fontsize=9)
+        axis.set_xlim(left=0)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
         if points[0][2] and evals:
-            axis.legend()
-    figure.savefig(out_dir / "curves.png", dpi=110)
+            axis.legend(fontsize=9, frameon=False, loc="lower right")
+    figure.savefig(out_dir / "curves.png")
 
 
 def memory_gib(device):

@@ -544,7 +544,7 @@ def draw_smem(out, c):
     names = [f"{branch}.{i}" for branch in ("smem_st", "smem_t") for i in present(c.model, branch)]
     T = len(c.seen[names[0]][1][0])
     chosen = columns_of(T - 1)
-    figure = new_figure(max(4.8, 1.17 * len(chosen) + 1.2), 3.75 * len(names) + 0.45, "SMEM: where does each place go in the next frame?")
+    figure = new_figure(max(4.8, 1.17 * len(chosen) + 1.2), 3.75 * len(names) + 0.45, "SMEM: where does each place go in the next frame? Arrows only where its features tell")
     axes = figure.subplots(3 * len(names), len(chosen), squeeze=False)
     for n, name in enumerate(names):
         smem, (inputs, output) = c.model.get_submodule(name), c.seen[name]
