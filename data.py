@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
 
@@ -642,16 +642,16 @@ def show(args, train_flags):
     train_args = get_args(["--dataset", args.dataset, "--data_root", args.data_root] + train_flags)
     dataset, _ = make_datasets(train_args, ModelConfig(**{**MODELS[train_args.model], **model_overrides(train_args)}))
     order = np.random.default_rng(train_args.seed).permutation(len(dataset))[:args.samples]
-    size, columns, text = max(96, min(dataset.size, 160)), 8, 16
-    sheet = Image.new("RGB", (columns * size, len(order) * (size + text)), "white")
-    draw = ImageDraw.Draw(sheet)
+    size, columns, text, gap = max(96, min(dataset.size, 120)), 8, 22, 3
+    sheet = Image.new("RGB", (columns * (size + gap), len(order) * (size + text + gap)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for row, index in enumerate(order):
         video, label, index = dataset[(0, int(index))]
-        top = row * (size + text)
-        draw.text((4, top + 2), f"{dataset.ids[index].decode()}: {dataset.classes[label]}", fill="black")
+        top = row * (size + text + gap)
+        draw.text((3, top + text / 2 + 1), f"{dataset.ids[index].decode()}: {dataset.classes[label]}", "#222222", font, anchor="lm")
         for column, t in enumerate(np.linspace(0, dataset.num_frames - 1, columns).round().astype(int)):
             frame = Image.fromarray(video[:, t].permute(1, 2, 0).numpy())
-            sheet.paste(frame.resize((size, size), Image.Resampling.NEAREST), (column * size, top + text))
+            sheet.paste(frame.resize((size, size), Image.Resampling.NEAREST if dataset.size <= size else Image.Resampling.LANCZOS), (column * (size + gap), top + text))
     sheet.save(args.out)
     print(f"{args.out}: {len(order)} training samples of {args.dataset}, frames of {dataset.size} x {dataset.size}")
 

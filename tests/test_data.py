@@ -549,7 +549,7 @@ def test_show_writes_a_contact_sheet(tmp_path):
     data.main(["show", "--dataset", "ssv1", "--data_root", str(tmp_path / "set"), "--out", str(out), "--samples", "2",
                "--model", "tiny", "--num_frames", "4", "--image_size", "16", "--clip", "none"])
     picture = np.asarray(Image.open(out))
-    assert picture.shape == (2 * (96 + 16), 8 * 96, 3)  # 8 columns of at least 96 pixels; 16 more for the label's line
+    assert picture.shape == (2 * (96 + 22 + 3), 8 * (96 + 3), 3)                # 8 columns of at least 96 pixels, 3 between them; 22 for the label's line
     assert picture.std() > 10
 
 
