@@ -165,10 +165,10 @@ def motion_field(f, grid):
     steps = [(down, right) for down in range(-reach, reach + 1) for right in range(-reach, reach + 1)]
     likeness = []
     for down, right in steps:
-        cut = np.s_[reach + down:reach + down + H, reach + right:reach + right + W]
-        moved = there[:, *cut]
+        rows, columns = slice(reach + down, reach + down + H), slice(reach + right, reach + right + W)
+        moved = there[:, rows, columns]
         match = block((here * moved).sum(-1)) / (block((here ** 2).sum(-1)) * block((moved ** 2).sum(-1))).sqrt().clamp(min=1e-9)
-        likeness.append(match.masked_fill(~inside[cut], -torch.inf))
+        likeness.append(match.masked_fill(~inside[rows, columns], -torch.inf))
     likeness = torch.stack(likeness, dim=-1)                                    # (T-1, H, W, steps), -1 ... 1
     possible = likeness > -torch.inf
     weight = (10 * likeness).softmax(-1) - possible / possible.sum(-1, keepdim=True)               # 10: a tenth of likeness decides
@@ -185,8 +185,6 @@ def relevance(model, video, steps=16):
     last y was tried first: there the frames have been mixed so much that it showed the toy's moving thing no better than chance.)
     It explains this model's number, not the world: a place can matter because the model compares it with another.
     """
-    for p in model.parameters():
-        p.requires_grad_(False)
     with torch.no_grad():
         tokens = model.conv1(video)                                             # (1, D, T, H, W)
         still = model.conv1(video.mean(2, keepdim=True).expand_as(video))
@@ -238,6 +236,7 @@ class Case:
 
 
 def font(size=13):
+    """Pillow's own font, at a size in pixels."""
     return ImageFont.load_default(size)
 
 
@@ -446,7 +445,7 @@ def draw_clip(out, c):
     frames[0].save(out, save_all=True, append_images=frames[1:], duration=[200] * (len(frames) - 1) + [800], loop=0, quality=80, method=4)
 
 
-def draw_toy_classes(out, size=140, n=24):
+def draw_toy_classes(out, size=140, n=20):
     """The toy's ten classes as one animation: above five motions, below the same clips run backwards, which are the other five classes.
 
     Each clip is drawn as data.py draws them, at a higher resolution. out: a .webp (small) or .gif.
@@ -464,7 +463,7 @@ def draw_toy_classes(out, size=140, n=24):
                 sheet.paste(Image.fromarray(frame), (x, y))
                 draw.multiline_text((x, y + size + 4), "\n".join(wrap(text, size, 13)), INK, font(13), spacing=2)
         frames.append(sheet)
-    frames[0].save(out, save_all=True, append_images=frames[1:], duration=[120] * (n - 1) + [700], loop=0, quality=60, method=4)
+    frames[0].save(out, save_all=True, append_images=frames[1:], duration=[120] * (n - 1) + [700], loop=0, quality=45, method=4)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -536,7 +535,7 @@ def draw_smem(out, c):
     """smem.png: for each SMEM, the motion that its features hold, the correlation row of one place, and what it adds.
 
     Section 3.5, Fig. 5. Arrows: see motion_field; none where the features do not tell. Second row: SMEM's own correlation, as it is, of
-    the boxed place (--place, else the one whose features are furthest from their mean over time) with all places of the next frame; bright is
+    the boxed place (--place, else the one whose pixels change most) with all places of the next frame; bright is
     alike, each map has its own range. Places with large features are bright in all of them, whatever moves.
     Third row: length of the vector that SMEM adds, relative to the one it is added to. It says where SMEM acts, not what it says there.
     With fusion "add" no two places are compared (sum of a plus sum of b), so there are no arrows.
@@ -556,7 +555,7 @@ def draw_smem(out, c):
             image = to_image(c.token_frame(t), 192)
             top, middle, bottom = axes[3 * n:3 * n + 3, k]
             top.imshow(image if smem.fusion == "add" else with_arrows(image, field[t], trust[t]), extent=(-0.5, W - 0.5, H - 0.5, -0.5))
-            r, q = c.place or divmod((f - f.mean(0))[t].norm(dim=-1).argmax().item(), W)
+            r, q = c.place or most_moving(torch.stack([c.token_frame(t), c.token_frame(t + 1)], dim=1), smem.grid)
             middle.imshow(rows[t, r * W + q], cmap="viridis")
             for axis, (colour, width) in product((top, middle), (("white", 2.6), (ORANGE, 1.4))):
                 axis.plot([q - 0.5, q + 0.5, q + 0.5, q - 0.5, q - 0.5], [r - 0.5, r - 0.5, r + 0.5, r + 0.5, r - 0.5], color=colour, lw=width)
@@ -661,7 +660,7 @@ def main(argv=None):
     p.add_argument("--out", default="pictures", metavar="DIR", help="folder for the pictures; files of the same names are overwritten (default: %(default)s)")
     p.add_argument("--only", nargs="+", choices=PICTURES, default=PICTURES, metavar="NAME", help=f"draw these only: {', '.join(PICTURES)}; relevance takes the most time")
     p.add_argument("--place", nargs=2, type=int, metavar=("ROW", "COLUMN"), help="a place of the patch grid, from 0: CTM's attention and SMEM's row there "
-                   "(default: CTM's mean over all places, SMEM's row of the place that stands out in each frame)")
+                   "(default: CTM's mean over all places, SMEM's row of the place that changes most in each step)")
     p.add_argument("--steps", type=int, default=16, help="steps of the relevance's integral; more when its sum and the difference of the logits, both on the picture, are far apart (default: %(default)s)")
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="auto takes the first that is there")
     p.add_argument("--toy_classes", metavar="FILE", help="write one animation of the toy's ten classes, .webp or .gif, and stop; needs no checkpoint")
