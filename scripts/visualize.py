@@ -609,7 +609,7 @@ def draw_ptm(out, c):
         x = c.seen[f"blocks.{i}"][0][0]
         y1, y2 = (c.seen[f"blocks.{i}.{part}"][1].reshape(x.shape)[:, :, 1:] for part in ("attn", "mlp"))
         if isinstance(block, PTM):
-            alpha, beta = float(block.alpha), float(getattr(block, "beta", 1))
+            alpha, beta = (torch.as_tensor(getattr(block, name, 1)).item() for name in ("alpha", "beta"))
             terms = (y1, alpha * y2, beta * c.seen[f"blocks.{i}.conv"][1])
             names.append(f"layer {i}\nPTM\nalpha {alpha:.2f}" + (f"\nbeta {beta:.2f}" if hasattr(block, "beta") else ""))
         else:
