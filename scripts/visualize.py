@@ -310,6 +310,11 @@ def draw_top(draw, box, probability, classes, before=None, rows=5):
             draw.text((x + width - 2, row + 15), f"{change:+.0f}", ORANGE if change < 0 else GREEN, font(12), anchor="rm")
 
 
+def columns_of(T):
+    """The token frames that a picture shows: all, or eight spread evenly."""
+    return np.linspace(0, T - 1, min(T, COLUMNS)).round().astype(int).tolist()
+
+
 def strip(video, size=96, captions=None):
     """Frames in rows of eight: (3, F, S, S) -> a Pillow image; captions stand below each."""
     n, text = video.shape[1], 18 if captions else 0
@@ -409,12 +414,8 @@ def draw_relevance(out, c):
         draw.text((x + 17, y), text, INK, font(12), anchor="lm")
     draw.text((x, base), "sum", INK, font(12), anchor="lm")
     titled(f"What speaks for \"{c.classes[int(c.probability.argmax())]}\" (orange) and against it (blue)", body,
-           f"integrated gradients; its logit is {own:.2f}, that of the clip standing still {still:.2f}, difference {own - still:.2f}; all places sum to {heat.sum():.2f}").save(out)
-
-
-def columns_of(T):
-    """The token frames that a picture shows: all, or eight spread evenly."""
-    return np.linspace(0, T - 1, min(T, COLUMNS)).round().astype(int).tolist()
+           f"integrated gradients; its logit is {own:.2f}, that of the clip standing still {still:.2f}, difference {own - still:.2f}; "
+           f"all places sum to {heat.sum():.2f}").save(out)
 
 
 def draw_clip(out, c):
@@ -425,7 +426,7 @@ def draw_clip(out, c):
     heat = c.relevance[0] if c.relevance else None
     size, panels = 224, 1 + (c.motion is not None) + (heat is not None)
     limit = heat.abs().flatten().quantile(0.99).clamp(min=1e-9) if heat is not None else 1
-    frames, lines = [], [f"{100 * c.probability.max():.0f} %  " + c.classes[int(c.probability.argmax())]]
+    frames, answer = [], f"{100 * c.probability.max():.0f} %  {c.classes[int(c.probability.argmax())]}"
     for f in range(c.video.shape[1]):
         sheet = Image.new("RGB", (panels * (size + 8) + 8, size + 62), "white")
         draw, t, image = ImageDraw.Draw(sheet), f // c.model.config.stem_stride, to_image(c.video[:, f], size)
@@ -439,8 +440,7 @@ def draw_clip(out, c):
             x = 8 + k * (size + 8)
             sheet.paste(picture, (x, 26))
             draw.text((x, 13), name, INK, font(13), anchor="lm")
-        for line in wrap(lines[0], sheet.width - 16, 14, lines=1):
-            draw.text((8, size + 44), line, INK, font(14), anchor="lm")
+        draw.text((8, size + 44), wrap(answer, sheet.width - 16, 14, lines=1)[0], INK, font(14), anchor="lm")
         frames.append(sheet)
     frames[0].save(out, save_all=True, append_images=frames[1:], duration=[200] * (len(frames) - 1) + [800], loop=0, quality=80, method=4)
 
@@ -661,7 +661,8 @@ def main(argv=None):
     p.add_argument("--only", nargs="+", choices=PICTURES, default=PICTURES, metavar="NAME", help=f"draw these only: {', '.join(PICTURES)}; relevance takes the most time")
     p.add_argument("--place", nargs=2, type=int, metavar=("ROW", "COLUMN"), help="a place of the patch grid, from 0: CTM's attention and SMEM's row there "
                    "(default: CTM's mean over all places, SMEM's row of the place that changes most in each step)")
-    p.add_argument("--steps", type=int, default=16, help="steps of the relevance's integral; more when its sum and the difference of the logits, both on the picture, are far apart (default: %(default)s)")
+    p.add_argument("--steps", type=int, default=16, help="steps of the relevance's integral; more when its sum and the difference of the logits, "
+                   "both on the picture, are far apart (default: %(default)s)")
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="auto takes the first that is there")
     p.add_argument("--toy_classes", metavar="FILE", help="write one animation of the toy's ten classes, .webp or .gif, and stop; needs no checkpoint")
     args = p.parse_args(argv)
