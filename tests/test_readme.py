@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted(f"scripts/{p.name}" for p in (ROOT / "scripts").glob("*.py"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MAP = re.findall(r"`([A-Za-z_.]+)` \| \[([a-z]+\.py):(\d+)\]\(([a-z]+\.py)#L(\d+)\)", README)
 
@@ -32,10 +33,10 @@ def test_map_points_at_the_definition(name, file, line, link_file, link_line):
 
 def test_commands_use_flags_that_exist():
     """Every --flag on a command line of ours in the README stands in the source of one of the programs."""
-    sources = " ".join((ROOT / f).read_text(encoding="utf-8") for f in ("model.py", "data.py", "train.py", "evaluate.py", "scripts/bench.py"))
+    sources = " ".join((ROOT / f).read_text(encoding="utf-8") for f in ("model.py", "data.py", "train.py", "evaluate.py", *SCRIPTS))
     fields = re.findall(r"^    (\w+): \w+ = option", sources, re.MULTILINE)
     known = set(re.findall(r'"--(\w+)"', sources)) | set(fields) | {"help", "no"}
-    lines = [line for line in README.splitlines() if re.search(r"(train|data|evaluate|model|bench)\.py ", line)]
+    lines = [line for line in README.splitlines() if re.search(r"\w+\.py ", line)]
     used = {flag for line in lines for flag in re.findall(r"(?<!-)--([a-z_]+)", line.split(".py ", 1)[1])}
     assert len(used) > 10
     assert used <= known, f"README uses flags that do not exist: {sorted(used - known)}"
