@@ -180,7 +180,7 @@ def test_walkthrough_table_of_b16(monkeypatch, capsys):
 
 
 def test_walkthrough_commands_are_accepted():
-    commands = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
+    commands = [shlex.split(line) for block in blocks("bash") for line in block.splitlines() if not line.startswith("#")]
     commands += [shlex.split(c) for c in re.findall(r"`(python [^`]+)`", WALK)]
     assert len(commands) > 12
     for python, script, *flags in commands:
