@@ -14,6 +14,7 @@ VideoDataset yields (video, label, index): video uint8 RGB (3, F, S, S); `normal
 Every random choice for a sample follows from (seed, epoch, index) alone: the number of workers changes nothing.
 """
 import argparse
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -29,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
 
@@ -77,20 +78,56 @@ def find_file(root, names):
     raise FileNotFoundError(f"--data_root {root}: {' or '.join(names)} not found there or in labels/. The expected layouts:\n\n{LAYOUTS}")
 
 
-def read_json(path):
+def read_text(path):
+    """UTF-8, with or without Windows' byte order mark and line ends. Raises ValueError naming file and line."""
+    raw = Path(path).read_bytes()
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path}: not a JSON file ({e})") from e
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path}: line {raw[:e.start].count(10) + 1} is not UTF-8 (byte {raw[e.start]:#04x}); save the file as UTF-8") from e
+    if "\0" in text:
+        raise ValueError(f"{path}: line {text[:text.index(chr(0))].count(chr(10)) + 1} holds a NUL byte, expected text; the file is damaged or not UTF-8")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_json(path):
+    def each_key_once(pairs):                           # json keeps the last of two without a word
+        if len(dict(pairs)) != len(pairs):
+            raise ValueError(f"a key twice in {str(pairs)[:80]}")
+        return dict(pairs)
+
+    try:
+        return json.loads(read_text(path), object_pairs_hook=each_key_once)
+    except (ValueError, RecursionError) as e:
+        raise e if str(e).startswith(str(path)) else ValueError(f"{path}: not a JSON file ({e})") from e
 
 
 def read_csv(path, columns):
-    """Lines of `id` or `id;class text` (no header; the text may hold commas)."""
-    rows = [line.split(";", columns - 1) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    for number, row in enumerate(rows, 1):
+    """Lines of `id` or `id;class text` (no header; the text may hold commas; blanks around a line mean nothing): fields and line number."""
+    rows = [(line.strip().split(";", columns - 1), number) for number, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
+    for row, number in rows:
         if len(row) != columns or not row[0]:
             raise ValueError(f"{path}: line {number} is {';'.join(row)!r}, expected {'id;class text' if columns == 2 else 'id'}")
     return rows
+
+
+def check_ids(path, ids, rows, row="line"):
+    """Raises ValueError unless every id is there once and is a plain file name: no annotation can lead out of the data's folder.
+
+    ids: of the file's `rows`, their line numbers (row="entry": their places in a JSON list). "#" starts a comment in skip lists.
+    """
+    for clip, number in zip(ids, rows):
+        if clip in ("", ".", "..") or clip != clip.strip() or not clip.isprintable() or set(clip) & set("/\\;#") or os.path.splitdrive(clip)[0]:
+            raise ValueError(f"{path}: {row} {number}: id {clip!r}, expected a plain name, without / \\ ; # or blanks around it")
+        if len(clip.encode()) > 200:                    # no file can be called so; as an array, all ids would be as long
+            raise ValueError(f"{path}: {row} {number}: an id of {len(clip)} characters, {clip[:40]!r} ..., expected 200 at most")
+    if not ids:
+        raise ValueError(f"{path}: expected one or more clips, found none")
+    if len(set(ids)) != len(ids):
+        first = {}
+        clip, number = next((c, n) for c, n in zip(ids, rows) if first.setdefault(c, n) != n)
+        raise ValueError(f"{path}: {row} {number}: clip {clip} again, first in {row} {first[clip]}; expected each once, "
+                         f"found {len(ids)} lines with {len(set(ids))} different ids")
 
 
 def read_classes(dataset, root, quiet=False):
@@ -98,17 +135,19 @@ def read_classes(dataset, root, quiet=False):
     if dataset == "ssv2":
         path = find_file(root, ("something-something-v2-labels.json", "labels.json"))
         labels = read_json(path)
-        if not isinstance(labels, dict) or not all(str(v).isdecimal() for v in labels.values()):
-            raise ValueError(f'{path}: expected {{"class text": "id", ...}} as in the official labels.json; found {str(labels)[:60]} ...')
+        if not isinstance(labels, dict) or not all(str(v).isdecimal() and len(str(v)) < 10 for v in labels.values()):
+            raise ValueError(f'{path}: expected {{"class text": "id", ...}} as in the official labels.json; found {str(labels)[:60]!r} ...')
         classes = sorted(labels)
         moved = sum(int(labels[c]) != i for i, c in enumerate(classes))
         if moved and not quiet:
             print(f"{path}: {moved} of {len(classes)} ids differ from the order of the sorted class texts; here the sorted order counts")
     else:
         path = find_file(root, ("something-something-v1-labels.csv",))
-        classes = sorted(row[0] for row in read_csv(path, 1))
+        classes = sorted(row[0] for row, _ in read_csv(path, 1))
     if len(set(classes)) != len(classes) or len(classes) < 2:
-        raise ValueError(f"{path}: expected two or more different class texts, found {len(set(classes))} different in {len(classes)} lines")
+        twice = next((c for c, d in zip(classes, classes[1:]) if c == d), None)
+        raise ValueError(f"{path}: expected two or more different class texts, found {len(set(classes))} different in {len(classes)} lines"
+                         + (f"; {twice!r} is there twice" if twice else ""))
     return classes
 
 
@@ -116,36 +155,44 @@ def read_annotations(dataset, root, split):
     """One split: ids (numpy bytes), labels (int64; -1 where the split has none), class texts (sorted).
 
     dataset: "ssv1" (also the toy's layout) or "ssv2"; split: "train", "validation" or "test". Arrays, not a Python object
-    per clip, so that the memory of forked workers stays shared. Raises FileNotFoundError, ValueError naming file and entry.
+    per clip, so that the memory of forked workers stays shared. Raises FileNotFoundError, and ValueError with one line that
+    names file, line or entry, what was found and what was expected.
     """
     classes = read_classes(dataset, root, quiet=True)
     number = {text: i for i, text in enumerate(classes)}
+    texts, row = None, "line"
     if dataset == "ssv2":
-        path = find_file(root, (f"something-something-v2-{split}.json", f"{split}.json"))
+        path, row = find_file(root, (f"something-something-v2-{split}.json", f"{split}.json")), "entry"
         entries = read_json(path)
-        if not isinstance(entries, list) or not all(isinstance(e, dict) and isinstance(e.get("id"), str) for e in entries):
-            raise ValueError(f'{path}: expected a list of {{"id": "...", "template": "..."}} as released (ids are strings); '
-                             f"found {str(entries)[:80]} ...")
-        ids = [e["id"] for e in entries]
-        if split == "test":
-            answers = path.parent / "test-answers.csv"
-            texts = dict(read_csv(answers, 2)) if answers.is_file() else {}
-            texts = [texts.get(i) for i in ids] if texts else None
-        else:
-            missing = [e["id"] for e in entries if not isinstance(e.get("template"), str)]
-            if missing:
-                raise ValueError(f"{path}: clip {missing[0]} has no template (the class with [something] in it), expected as released")
-            texts = [re.sub(r"[\[\]]", "", e["template"]) for e in entries]
+        if not isinstance(entries, list):
+            raise ValueError(f'{path}: expected a list of {{"id": "...", "template": "..."}} as released; found {str(entries)[:80]!r} ...')
+        for k, e in enumerate(entries, 1):
+            if not isinstance(e, dict) or not isinstance(e.get("id"), str):
+                raise ValueError(f'{path}: entry {k} is {str(e)[:80]!r}, expected {{"id": "...", "template": "..."}} as released (ids are strings)')
+        ids, rows = [e["id"] for e in entries], range(1, len(entries) + 1)
+        if split != "test":
+            texts = [re.sub(r"[\[\]]", "", e["template"]) if isinstance(e.get("template"), str) else None for e in entries]
     else:
         path = find_file(root, (f"something-something-v1-{split}.csv",))
-        rows = read_csv(path, 1 if split == "test" else 2)
-        ids = [row[0] for row in rows]
-        texts = [row[1] for row in rows] if split != "test" else None
-    if not ids or len(set(ids)) != len(ids):
-        raise ValueError(f"{path}: expected one or more clips, each once; found {len(ids)} lines with {len(set(ids))} different ids")
-    for clip, text in zip(ids, texts or ()):
+        fields = read_csv(path, 1 if split == "test" else 2)
+        ids, rows = [f[0] for f, _ in fields], [n for _, n in fields]
+        if split != "test":
+            texts = [f[1] for f, _ in fields]
+    check_ids(path, ids, rows, row)
+    answers = path.parent / "test-answers.csv"
+    if dataset == "ssv2" and split == "test" and answers.is_file():
+        fields = read_csv(answers, 2)
+        check_ids(answers, [f[0] for f, _ in fields], [n for _, n in fields])
+        found = {f[0]: (f[1], n) for f, n in fields}
+        missing = [i for i in ids if i not in found]
+        if missing:
+            raise ValueError(f"{answers}: expected a line for every clip of {path.name}; none for {len(missing)} of them, as clip {missing[0]}")
+        texts, rows, path, row = [found[i][0] for i in ids], [found[i][1] for i in ids], answers, "line"
+    for clip, text, k in zip(ids, texts or (), rows):
+        if text is None:
+            raise ValueError(f"{path}: entry {k}: clip {clip} has no template (the class with [something] in it), expected as released")
         if text not in number:
-            raise ValueError(f"{path}: clip {clip} is of class {text!r}, which the label file does not have ({len(classes)} classes)")
+            raise ValueError(f"{path}: {row} {k}: clip {clip} is of class {text!r}, which the label file does not have ({len(classes)} classes)")
     labels = np.array([number[t] for t in texts] if texts else [-1] * len(ids), dtype=np.int64)
     return np.array([i.encode() for i in ids]), labels, classes
 
@@ -168,7 +215,7 @@ def mirror_labels(classes):
 
 def read_skip_list(path):
     """Clip ids from a text file, one per line; # starts a comment."""
-    lines = (line.split("#")[0].strip() for line in Path(path).read_text(encoding="utf-8").splitlines())
+    lines = (line.split("#")[0].strip() for line in read_text(path).split("\n"))
     return {line for line in lines if line}
 
 
@@ -197,7 +244,7 @@ def eval_indices(n, F, clips=1):
 
 
 class ClipError(Exception):
-    """A clip that cannot be read; the message has its path and the reason."""
+    """A clip that cannot be read, or that a data worker died on; the message has its path and the reason."""
 
 
 def reason(error):
@@ -206,16 +253,34 @@ def reason(error):
     return text.splitlines()[-1] if isinstance(error, ClipError) else text
 
 
-def read_frame_folder(path, choose):
+def frame_names(path):
+    """The frames of a folder in the order of the numbers in their names: frame2 before frame10."""
     names = [e.name for e in os.scandir(path) if e.name.lower().endswith((".jpg", ".jpeg", ".png"))]
-    names.sort(key=lambda name: [int(t) if t.isdecimal() else t for t in re.split(r"(\d+)", name)])     # frame2 before frame10
+    return sorted(names, key=lambda name: [int(t) if t.isdecimal() else t for t in re.split(r"(\d+)", name)])
+
+
+def read_frame(path):
+    """One picture, upright (its EXIF orientation is applied, as players do with rotated videos): uint8 RGB (h, w, 3)."""
+    with Image.open(path, formats=("JPEG", "PNG")) as image:        # by content: no other decoder is let loose on a .jpg
+        if image.mode[0] in "IF":                       # Pillow would cut 16-bit grey off at 255
+            raise ClipError(f"{path}: a picture of more than 8 bits (Pillow's mode {image.mode}), expected 8 bits per channel")
+        ImageOps.exif_transpose(image, in_place=True)
+        return np.asarray(image.convert("RGB"))
+
+
+def read_frame_folder(path, choose):
+    names = frame_names(path)
     if not names:
         raise ClipError(f"{path}: no .jpg or .png frames in the folder")
     unique, place = np.unique(choose(len(names)), return_inverse=True)
     frames = []
     for i in unique:
-        with Image.open(os.path.join(path, names[i])) as image:
-            frames.append(np.asarray(image.convert("RGB")))
+        try:
+            frames.append(read_frame(os.path.join(path, names[i])))
+        except UnidentifiedImageError as e:
+            raise ClipError(f"{path}: {names[i]} is not a JPEG or PNG picture") from e
+        except OSError as e:                            # Pillow's messages leave out which file it was
+            raise ClipError(f"{path}: {names[i]} cannot be read ({(str(e).splitlines() or [''])[0][:200]})") from e
     if len({f.shape for f in frames}) != 1:
         raise ClipError(f"{path}: frames of different sizes, {sorted({f.shape[:2] for f in frames})}")
     return torch.from_numpy(np.stack(frames)[place]).permute(0, 3, 1, 2)
@@ -233,10 +298,19 @@ def import_decord():
 
 
 def read_video_file(path, choose):
-    reader = import_decord().VideoReader(str(path), num_threads=1)              # one reader per call: decord's keep memory
+    """Every frame in turn from the first to the last, keeping the chosen ones: right without trusting time stamps, key frames or seeking.
+
+    decord would give the frame before in place of one that does not decode; fault_tol forbids it (rounded down: not a single one).
+    To the end, so that damage anywhere refuses the clip, whichever frames are drawn. At 240 pixels this costs about a fifth of reading.
+    """
+    reader = import_decord().VideoReader(str(path), num_threads=1, fault_tol=1e-9)         # one reader per call: decord's keep memory
     unique, place = np.unique(choose(len(reader)), return_inverse=True)         # len: frames found in the file, whatever its header says
-    frames = reader.get_batch(unique).asnumpy()                                 # sorted and at once: decord seeks badly
-    return torch.from_numpy(frames[place]).permute(0, 3, 1, 2)
+    wanted, frames = set(unique.tolist()), []
+    for i in range(len(reader)):
+        frame = reader.next()
+        if i in wanted:
+            frames.append(frame.asnumpy())
+    return torch.from_numpy(np.stack(frames)[place]).permute(0, 3, 1, 2)
 
 
 def read_clip(path, choose):
@@ -256,7 +330,50 @@ def read_clip(path, choose):
     except (ClipError, ImportError):
         raise
     except Exception as e:                              # Pillow and decord raise many kinds; all mean: broken
-        raise ClipError(f"{path}: cannot be read ({type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]})") from e
+        text = re.sub(r"\[\d\d:\d\d:\d\d\] \S+: ", "", (str(e).splitlines() or [""])[0])        # without the time and decord's own source lines
+        raise ClipError(f"{path}: cannot be read ({type(e).__name__}: {text[:200]})") from e
+
+
+def refuse_link_outside(path):
+    """Raises ClipError for a clip that is a symbolic link to a place outside of its data root (the whole clip folder may be a link)."""
+    if os.path.islink(path):                            # else it lies where it seems to: ids are plain names
+        target, folder = os.path.realpath(path), os.path.dirname(path)
+        if not any(target.startswith(os.path.realpath(d) + os.sep) for d in (folder, os.path.dirname(folder))):
+            raise ClipError(f"{path}: is a link to {target}, outside of --data_root; link the whole folder {os.path.basename(folder)} instead, "
+                            "or give the place where the clips are as --data_root")
+
+
+@functools.cache
+def reading_now():
+    """What the data workers of this process are reading: shared memory with a line of text for each, chosen by process id. uint8 (1024, 512)"""
+    return torch.zeros(1024, 512, dtype=torch.uint8).share_memory_()
+
+
+@contextlib.contextmanager
+def note_reading(notes, text):
+    """Writes down what this process is about to read, and wipes it out afterwards, unless a decoder takes the process with it."""
+    line = notes[os.getpid() % len(notes)]
+    note = torch.tensor(list(text.encode()[-len(line):]), dtype=torch.uint8)
+    line[:len(note)] = note
+    try:
+        yield
+    finally:
+        line.zero_()
+
+
+def worker_error(error):
+    """The ClipError for a DataLoader whose worker died or hangs: it names the clips that were being read. Other errors stay as they are.
+
+    PyTorch only says that some worker is gone; a decoder that crashes or hangs inside its C code can say nothing itself.
+    """
+    if not isinstance(error, RuntimeError) or not re.search(r"DataLoader (worker|timed out)", str(error)):
+        return error
+    pids = re.search(r"pid(?:\(s\))? ([\d, ]+)", str(error))             # named where they died, not where they hang
+    notes = reading_now()
+    lines = notes[[int(pid) % len(notes) for pid in pids[1].split(",")]] if pids else notes[notes.any(1)]
+    clips = [bytes(line.tolist()).rstrip(b"\0").decode(errors="replace") for line in lines if line.any()]
+    return ClipError(f"{str(error).splitlines()[0].rstrip('.')}, while reading {'; '.join(clips) if clips else 'no clip (out of memory?)'}. "
+                     "`python data.py check` finds the clips that crash or hang a decoder and writes a --skip_list")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -324,6 +441,7 @@ class VideoDataset(torch.utils.data.Dataset):
         self.num_frames, self.size, self.crops, self.clips = num_frames, size, crops, clips
         self.train, self.flip, self.control, self.seed = train, flip, control, seed
         self.transform = TrainTransform(size, scale, augment)
+        self.reading = reading_now()                    # travels with the data set to the workers
 
     def __len__(self):
         return len(self.ids)
@@ -343,7 +461,9 @@ class VideoDataset(torch.utils.data.Dataset):
             return eval_indices(n, F, self.clips)
 
         try:
-            video = read_clip(self.path(index), choose)                         # (F, 3, h, w)
+            with note_reading(self.reading, f"clip {self.ids[index].decode()} ({self.path(index)})"):
+                refuse_link_outside(self.path(index))
+                video = read_clip(self.path(index), choose)                     # (F, 3, h, w)
         except ClipError as e:
             raise ClipError(f"clip {self.ids[index].decode()}: {e}. `python data.py check` finds all such clips and writes a --skip_list") from None
         if self.control == "shuffle":
@@ -529,9 +649,23 @@ def make_toy(root, seed=None, train=None, validation=None, difficulty=None):
 
 
 def declared_bytes(path):
-    """The length that a webm file declares for itself, or 0: it says so in the size of its EBML segment, id 18 53 80 67."""
+    """The length that a webm or mp4 file declares for itself, or 0 where it does not say.
+
+    webm: the size of its EBML segment, id 18 53 80 67. mp4: the end of its last box, each of which starts with size and type.
+    """
     with open(path, "rb") as f:
         head = f.read(4096)
+        if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
+            at, end = 0, os.path.getsize(path)
+            while at + 8 <= end:
+                f.seek(at)
+                box = f.read(16)
+                size = int.from_bytes(box[:4], "big")
+                size = int.from_bytes(box[8:], "big") if size == 1 else size    # 1: a long one; 0: to the end of the file
+                if size < 8:
+                    break
+                at += size
+            return at
     at = head.find(b"\x18\x53\x80\x67") + 4
     if at < 4 or not head[at:at + 1] or not head[at]:
         return 0
@@ -540,8 +674,15 @@ def declared_bytes(path):
     return 0 if size == (1 << 7 * width) - 1 else at + width + size             # all ones: unknown, as in a live stream
 
 
+def missing_frames(path):
+    """How many numbers a folder of numbered frames (00001.jpg, 00002.jpg, 00004.jpg ...) leaves out between its first and its last."""
+    numbers = [re.findall(r"\d+", name) for name in frame_names(path)]
+    numbers = {int(n[-1]) for n in numbers if n}
+    return max(numbers) - min(numbers) + 1 - len(numbers) if numbers else 0
+
+
 def probe(path):
-    """Decode every frame of a clip. Returns what is odd about it, "" for nothing; raises ClipError as read_clip does."""
+    """Decode every frame of a clip. Returns what is odd about it, "" for nothing; raises ClipError as reading it in training does."""
     n = 0
 
     def every(found):
@@ -549,33 +690,39 @@ def probe(path):
         n = found
         return np.arange(found)
 
+    refuse_link_outside(path)
     read_clip(path, every)
-    if os.path.isfile(path) and declared_bytes(path) > os.path.getsize(path):
+    if os.path.isdir(path):
+        return f"has {n} frames, and {missing_frames(path)} numbers between the first and the last are missing" if missing_frames(path) else ""
+    if declared_bytes(path) > os.path.getsize(path):
         return f"declares {declared_bytes(path)} bytes and has {os.path.getsize(path)}, with {n} frames"
     return ""
 
 
-def probe_process(connection):
+def isolated_process(connection, function):
     connection.send("ready")                            # importing torch takes seconds that are not the clip's
     try:
         while True:
             path = connection.recv()
             try:
-                connection.send((True, probe(path)))
+                connection.send((True, function(path)))
             except ClipError as e:
                 connection.send((False, str(e)))
-    except EOFError:                                    # the check is over
+    except EOFError:                                    # nothing is left to do
         pass
 
 
-def probe_all(paths, jobs, timeout):
-    """probe() every path, in processes that may crash and are killed when they hang. Yields (readable, what is odd or wrong)."""
+def isolated(function, paths, jobs, timeout):
+    """function(path) for every path, in processes that may crash and are killed when they hang.
+
+    Yields (True, its value) or (False, the message of its ClipError, of a crash or of a hang), in order.
+    """
     local, context = threading.local(), multiprocessing.get_context("spawn")
 
     def one(path):
         if not hasattr(local, "process"):
             local.connection, other = context.Pipe()
-            local.process = context.Process(target=probe_process, args=(other,), daemon=True)
+            local.process = context.Process(target=isolated_process, args=(other, function), daemon=True)
             local.process.start()
             other.close()
             local.connection.recv()
@@ -609,8 +756,12 @@ def check(args):
         dataset = VideoDataset(args.dataset, args.data_root, split)
         print(f"{split}: {len(dataset)} clips, {len(dataset.classes)} classes")
         paths.update({dataset.ids[i].decode(): dataset.path(i) for i in range(len(dataset))})
+    if paths:
+        extra = sorted({e.name for e in os.scandir(dataset.folder) if e.name[0] != "."} - {os.path.basename(path) for path in paths.values()})
+        if extra:
+            print(f"{dataset.folder}: {len(extra)} clips are in none of these splits and stay unused, as {', '.join(extra[:3])}")
     bad, short = {}, {}
-    results = progress(probe_all(paths.values(), args.jobs, args.timeout), total=len(paths), unit=" clips")
+    results = progress(isolated(probe, paths.values(), args.jobs, args.timeout), total=len(paths), unit=" clips")
     for clip, (readable, text) in zip(paths, results):
         if not readable:
             bad[clip] = text
@@ -619,7 +770,7 @@ def check(args):
     for clip, text in bad.items():
         print(f"unreadable  {clip}: {text}")
     for clip, text in short.items():
-        print(f"short       {clip}: {text}; it is used with those")
+        print(f"short       {clip}: {text}; it is used as it is")
     with open(args.out, "w", encoding="utf-8") as f:
         f.write(f"# written by: data.py check --dataset {args.dataset}; clips of {args.data_root} that cannot be read\n")
         f.writelines(f"{clip}  # {text}\n" for clip, text in bad.items())

@@ -10,6 +10,8 @@ logits, as UniFormerV2 and VideoMAE do.
 """
 import argparse
 import csv
+import faulthandler
+import multiprocessing
 import os
 import signal
 import sys
@@ -95,7 +97,8 @@ def predict(model, views, device, precision="fp32", mean=data.CLIP_MEAN, std=dat
     return logits.float().softmax(-1).view(B, -1, logits.shape[-1]).mean(dim=1)
 
 
-def evaluate(model, dataset, device, rank=0, world=1, batch_size=8, workers=0, precision="fp32", mean=data.CLIP_MEAN, std=data.CLIP_STD):
+def evaluate(model, dataset, device, rank=0, world=1, batch_size=8, workers=0, precision="fp32", mean=data.CLIP_MEAN, std=data.CLIP_STD,
+             timeout=600):
     """Score a VideoDataset made for evaluation. Returns top1, top5 (percent), clips and, on rank 0, rows.
 
     Ranks take every world-th clip, so nothing is padded or counted twice; integer counts are summed and divided once. Clips on
@@ -103,7 +106,7 @@ def evaluate(model, dataset, device, rank=0, world=1, batch_size=8, workers=0, p
     """
     mine = torch.utils.data.Subset(dataset, range(rank, len(dataset), world))
     loader = torch.utils.data.DataLoader(mine, batch_size=batch_size, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupt,
-                                         timeout=600 if workers else 0)
+                                         timeout=timeout if workers else 0)
     model.eval()
     rows = []
     for views, label, index in data.progress(loader, desc="evaluating", leave=False) if rank == 0 else loader:
@@ -210,6 +213,7 @@ def main(argv=None):
     p.add_argument("--report", metavar="DIR", help="per-class accuracy, most confused pairs, confusion matrix")
     p.add_argument("--batch_size", type=int, default=8, help="clips per process at once; each has crops x clips views")
     p.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="data workers per process")
+    p.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="a data worker that gives nothing for so long counts as hanging; raise it for long clips on slow disks")
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="auto takes the first that is there")
     p.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="fp32 for numbers to report; bf16 is faster on GPUs")
     args = p.parse_args(argv)
@@ -241,7 +245,7 @@ def main(argv=None):
     if dataset.classes != classes:
         raise ValueError(f"--data_root: its {len(dataset.classes)} classes are not the {len(classes)} of the checkpoint; only there: "
                          f"{sorted(set(dataset.classes) - set(classes))[:3]}, missing: {sorted(set(classes) - set(dataset.classes))[:3]}")
-    result = evaluate(model, dataset, device, rank, world, args.batch_size, args.workers, args.precision, mean, std)
+    result = evaluate(model, dataset, device, rank, world, args.batch_size, args.workers, args.precision, mean, std, args.timeout)
     if rank == 0:
         rows, labelled = result["rows"], bool((dataset.labels >= 0).all())
         if args.save:
@@ -266,7 +270,14 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    faulthandler.enable()                               # without workers, a decoder that crashes leaves at least a stack trace
     try:
         main()
-    except (ValueError, FileNotFoundError, data.ClipError) as e:
+    except (ValueError, FileNotFoundError, RuntimeError, data.ClipError) as e:
+        e = data.worker_error(e)
+        if isinstance(e, RuntimeError):
+            raise
         sys.exit(f"evaluate.py: {data.reason(e)}")
+    finally:
+        for worker in multiprocessing.active_children():
+            worker.kill()                               # they ignore SIGTERM, and one may hang in a decoder

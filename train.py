@@ -8,6 +8,7 @@ Everything random follows from --seed: samples from (seed, epoch, clip), dropout
 stopped and resumed is, on a CPU, the same run to the last bit, with any number of data workers.
 """
 import argparse
+import faulthandler
 import json
 import math
 import multiprocessing
@@ -72,6 +73,7 @@ def get_args(argv=None):
     p.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the clips, with the mirrored class's label")
     p.add_argument("--control", default="none", choices=("none", "shuffle", "single"), help="control experiments: frames in random order, or one frame repeated, in training and validation")
     p.add_argument("--workers", type=int, help="data workers per process (default: cores / processes, at most 8; 0 on a single core)")
+    p.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="a data worker that gives nothing for so long counts as hanging; raise it for long clips on slow disks (default: %(default)s)")
     # model: one flag per field of ModelConfig
     add_model_flags(p)
     # optimisation
@@ -391,7 +393,7 @@ def main(argv=None):
     mixes += [v2.CutMix(alpha=args.cutmix, num_classes=len(classes))] if args.cutmix else []
     loader = iter(torch.utils.data.DataLoader(
         train_set, batch_sampler=StepSampler(len(train_set), args.batch_size, step, stop_at, args.seed, rank, world),
-        num_workers=args.workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupt, timeout=600 if args.workers else 0))
+        num_workers=args.workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupt, timeout=args.timeout if args.workers else 0))
 
     asked_to_stop = []                                  # filled by a signal; the step in progress is finished first
     handlers = {s: signal.signal(s, lambda number, frame: asked_to_stop.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -474,7 +476,7 @@ def main(argv=None):
             if world > 1:
                 for buffer in model.buffers():          # BatchNorm's statistics as rank 0 saves them
                     dist.broadcast(buffer, 0)
-            result = evaluate(model, val_set, device, rank, world, batch_size=4 * micro, workers=args.workers, precision=args.precision)
+            result = evaluate(model, val_set, device, rank, world, batch_size=4 * micro, workers=args.workers, precision=args.precision, timeout=args.timeout)
             log(kind="eval", step=step, epoch=step // steps_per_epoch, top1=result["top1"], top5=result["top5"], clips=result["clips"])
             if result["top1"] > best:
                 best = result["top1"]
@@ -506,9 +508,13 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    faulthandler.enable()                               # without workers, a decoder that crashes leaves at least a stack trace
     try:
         main()
-    except (ValueError, FileNotFoundError, ConnectionError, FloatingPointError, data.ClipError) as e:
+    except (ValueError, FileNotFoundError, ConnectionError, FloatingPointError, RuntimeError, data.ClipError) as e:
+        e = data.worker_error(e)
+        if isinstance(e, RuntimeError):
+            raise
         sys.exit(f"train.py: {data.reason(e)}")
     finally:
         for worker in multiprocessing.active_children():

@@ -409,7 +409,7 @@ def test_a_broken_clip_raises_with_id_path_and_reason(tmp_path, kind, layout):
 def test_an_error_without_a_message_is_a_clip_error_too(tmp_path, monkeypatch):
     save_frames(tmp_path / "1", grey_frames(2))
 
-    def fail(*_):
+    def fail(*_, **__):
         raise EOFError                                  # str() of it is empty
 
     monkeypatch.setattr(data.Image, "open", fail)
