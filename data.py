@@ -370,9 +370,9 @@ def worker_error(error):
         return error
     pids = re.search(r"pid(?:\(s\))? ([\d, ]+)", str(error))             # named where they died, not where they hang
     notes = reading_now()
-    lines = notes[[int(pid) % len(notes) for pid in pids[1].split(",")]] if pids else notes[notes.any(1)]
+    lines = notes[[int(pid) % len(notes) for pid in pids[1].split(",")]] if pids else notes[(notes > 0).any(1)]
     clips = [bytes(line.tolist()).rstrip(b"\0").decode(errors="replace") for line in lines if line.any()]
-    return ClipError(f"{str(error).splitlines()[0].rstrip('.')}, while reading {'; '.join(clips) if clips else 'no clip (out of memory?)'}. "
+    return ClipError(f"{str(error).splitlines()[0].rstrip('. ')}, while reading {'; '.join(clips) if clips else 'no clip (out of memory?)'}. "
                      "`python data.py check` finds the clips that crash or hang a decoder and writes a --skip_list")
 
 

@@ -82,6 +82,14 @@ def ignore_interrupt(worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def kill_workers():
+    """At the end of a process: its data workers ignore SIGTERM, and one may hang in a decoder."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # else PyTorch takes this for a crash
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
 # ----------------------------------------------------------------------------------------------------
 # Prediction
 # ----------------------------------------------------------------------------------------------------
@@ -279,5 +287,4 @@ if __name__ == "__main__":
             raise
         sys.exit(f"evaluate.py: {data.reason(e)}")
     finally:
-        for worker in multiprocessing.active_children():
-            worker.kill()                               # they ignore SIGTERM, and one may hang in a decoder
+        kill_workers()

@@ -11,7 +11,6 @@ import argparse
 import faulthandler
 import json
 import math
-import multiprocessing
 import os
 import platform
 import signal
@@ -32,7 +31,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 import data
-from evaluate import autocast, evaluate, ignore_interrupt, load_checkpoint, pick_device, setup_processes
+from evaluate import autocast, evaluate, ignore_interrupt, kill_workers, load_checkpoint, pick_device, setup_processes
 from model import add_model_flags, build_model, is_clip_parameter, load_clip, model_overrides, resize_positions
 
 # ----------------------------------------------------------------------------------------------------
@@ -517,5 +516,4 @@ if __name__ == "__main__":
             raise
         sys.exit(f"train.py: {data.reason(e)}")
     finally:
-        for worker in multiprocessing.active_children():
-            worker.kill()                               # they ignore SIGTERM, and one may hang in a decoder
+        kill_workers()
