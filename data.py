@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import struct
 import sys
 import tempfile
 import threading
@@ -297,12 +298,94 @@ def import_decord():
     return decord
 
 
+MP4_STARTS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
+
+# What webm (Matroska, RFC 9559) nests: the elements to look into, and what those may hold that the frames lie in
+WEBM_SEGMENT = {"114d9b74", "1549a966", "1654ae6b", "1f43b675", "1c53bb6b", "1254c367", "1043a770", "1941a469", "ec", "bf"}
+WEBM_INSIDE = {"": {"1a45dfa3", "18538067", "ec"}, "18538067": WEBM_SEGMENT, "1f43b675": {"e7", "a7", "ab", "a3", "a0", "5854", "af", "ec", "bf"},
+               **dict.fromkeys(("114d9b74", "4dbb", "1549a966", "1654ae6b", "ae", "e0"))}
+
+
+def webm_damage(path):
+    """Where a webm file's elements, each of which has its length before it, do not fit into each other: a byte, or None.
+
+    Versions of ffmpeg go on after such damage in different ways. Only cut off, a file still fits (declared_bytes sees that).
+    """
+    raw = Path(path).read_bytes()
+    if raw[:4] != b"\x1a\x45\xdf\xa3":
+        return None                                     # another container
+    at, inside = 0, [("", float("inf"))]                # the elements that byte `at` is in, with their ends
+    while at < len(raw):
+        while at == inside[-1][1]:
+            if inside.pop()[0] == "18538067":
+                return None                             # the end of the segment: players ignore what follows
+        id_width = 9 - raw[at].bit_length()             # leading zeros of its first byte tell the width of a number
+        size_at = at + id_width
+        if size_at >= len(raw):
+            return None
+        size_width = 9 - raw[size_at].bit_length()
+        if id_width > 4 or size_width > 8:
+            return at
+        name, start = raw[at:size_at].hex(), size_at + size_width
+        size = int.from_bytes(raw[size_at:start], "big") - (1 << 7 * size_width)
+        unknown = size == (1 << 7 * size_width) - 1     # all ones, as live streams have it: until the next of its kind
+        if inside[-1][0] == "1f43b675" and name in WEBM_SEGMENT - {"ec", "bf"}:
+            inside.pop()
+        parent, end = inside[-1]
+        stop = end if unknown else start + size
+        if stop > end or WEBM_INSIDE[parent] and name not in WEBM_INSIDE[parent]:
+            return at
+        if name in WEBM_INSIDE:
+            inside.append((name, stop))
+        at = start if name in WEBM_INSIDE else stop
+    return None
+
+
+def mp4_boxes(f, at, end):
+    """The boxes of an open mp4 or mov file between two places: (type, start and end of its content). The last may end behind the file."""
+    while at + 8 <= end:
+        f.seek(at)
+        head = f.read(16)
+        size, skip = int.from_bytes(head[:4], "big"), 8
+        if size == 1:                                   # a long one
+            size, skip = int.from_bytes(head[8:], "big"), 16
+        size = size or end - at                         # 0: all the rest
+        if size < skip:
+            return
+        yield head[4:8], at + skip, at + size
+        at += size
+
+
+def mp4_mirrored(path):
+    """Whether an mp4 or mov file wants to be shown mirrored, or turned by other than 90, 180 or 270 degrees, which decord would not do."""
+    with open(path, "rb") as f:
+        def inside(kind, boxes):
+            return [box for k, at, end in boxes if k == kind for box in mp4_boxes(f, at, end)]
+
+        if f.read(8)[4:] not in MP4_STARTS:
+            return False
+        movie = inside(b"moov", mp4_boxes(f, 0, os.path.getsize(path)))
+        for kind, at, _ in movie + inside(b"trak", movie):
+            if kind in (b"mvhd", b"tkhd"):              # of the whole film, of one track: times and more, then the matrix a b u c d v x y w
+                f.seek(at)
+                box = f.read(80)
+                place = (36 if kind == b"mvhd" else 40) + (12 if box[:1] == b"\1" else 0)          # version 1 has longer times
+                a, b, _, c, d = struct.unpack(">5i", box[place:place + 20].ljust(20, b"\0"))
+                if not ((min(a, d) > 0 or max(a, d) < 0) and b == c == 0 or a == d == 0 and b * c < 0 or a == b == c == d == 0):
+                    return True
+    return False
+
+
 def read_video_file(path, choose):
     """Every frame in turn from the first to the last, keeping the chosen ones: right without trusting time stamps, key frames or seeking.
 
     decord would give the frame before in place of one that does not decode; fault_tol forbids it (rounded down: not a single one).
     To the end, so that damage anywhere refuses the clip, whichever frames are drawn. At 240 pixels this costs about a fifth of reading.
     """
+    if at := webm_damage(path):
+        raise ClipError(f"{path}: damaged at byte {at}, where a part of the webm file does not fit into the others")
+    if mp4_mirrored(path):
+        raise ClipError(f"{path}: to be shown mirrored, or turned by other than 90, 180 or 270 degrees; convert it with ffmpeg, which applies that")
     reader = import_decord().VideoReader(str(path), num_threads=1, fault_tol=1e-9)         # one reader per call: decord's keep memory
     unique, place = np.unique(choose(len(reader)), return_inverse=True)         # len: frames found in the file, whatever its header says
     wanted, frames = set(unique.tolist()), []
@@ -655,17 +738,8 @@ def declared_bytes(path):
     """
     with open(path, "rb") as f:
         head = f.read(4096)
-        if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
-            at, end = 0, os.path.getsize(path)
-            while at + 8 <= end:
-                f.seek(at)
-                box = f.read(16)
-                size = int.from_bytes(box[:4], "big")
-                size = int.from_bytes(box[8:], "big") if size == 1 else size    # 1: a long one; 0: to the end of the file
-                if size < 8:
-                    break
-                at += size
-            return at
+        if head[4:8] in MP4_STARTS:
+            return max(end for _, _, end in mp4_boxes(f, 0, os.path.getsize(path)))
     at = head.find(b"\x18\x53\x80\x67") + 4
     if at < 4 or not head[at:at + 1] or not head[at]:
         return 0

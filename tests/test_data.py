@@ -417,6 +417,44 @@ def test_an_error_without_a_message_is_a_clip_error_too(tmp_path, monkeypatch):
         data.read_clip(tmp_path / "1", lambda n: [0])
 
 
+def test_frames_come_out_upright_and_in_8_bits(tmp_path):
+    picture = np.zeros((16, 24, 3), np.uint8)
+    picture[:, :8] = 255                                # bright on the left
+    turned = Image.Exif()
+    turned[0x0112] = 6                                  # to be shown after a quarter turn clockwise: left is up then
+    (tmp_path / "turned").mkdir()
+    Image.fromarray(picture).save(tmp_path / "turned" / "1.jpg", exif=turned)
+    frame = data.read_clip(tmp_path / "turned", lambda n: [0])[0].float().mean(0)
+    assert frame.shape == (24, 16) and frame[:6].min() > 240 and frame[10:].max() < 15
+    for name, other in (("cmyk", Image.fromarray(picture).convert("CMYK")), ("grey", Image.fromarray(picture).convert("L"))):
+        (tmp_path / name).mkdir()
+        other.save(tmp_path / name / "1.jpg")
+        frame = data.read_clip(tmp_path / name, lambda n: [0])[0].float()
+        assert frame.shape == (3, 16, 24) and frame[:, :, :6].min() > 240 and frame[:, :, 10:].max() < 15
+    (tmp_path / "deep").mkdir()
+    Image.fromarray(np.full((16, 24), 1000, np.uint16)).save(tmp_path / "deep" / "1.png")
+    with pytest.raises(data.ClipError, match="8 bits"):
+        data.read_clip(tmp_path / "deep", lambda n: [0])
+
+
+def test_a_link_out_of_the_data_root_is_refused(tmp_path):
+    dataset = v1_set(tmp_path / "set", {i: (grey_frames(3), SIDES[0]) for i in ("1", "2", "3")})
+    folder = tmp_path / "set" / "20bn-something-something-v1"
+    (folder / "1").rename(tmp_path / "elsewhere")
+    (folder / "1").symlink_to(tmp_path / "elsewhere")
+    (folder / "2").rename(tmp_path / "set" / "inside")
+    (folder / "2").symlink_to("../inside")
+    with pytest.raises(data.ClipError, match="clip 1: .*is a link to .*elsewhere.*--data_root"):
+        dataset[0]
+    assert dataset[1][0].shape == dataset[2][0].shape == (3, 4, 16, 16)
+    with pytest.raises(data.ClipError, match="is a link"):
+        data.probe(str(folder / "1"))
+    folder.rename(tmp_path / "disk")                    # the whole folder on another disk, as people do
+    (tmp_path / "elsewhere").rename(tmp_path / "disk" / "4")
+    folder.symlink_to(tmp_path / "disk")
+    assert dataset[2][0].shape == (3, 4, 16, 16) and data.probe(str(folder / "4")) == ""
+
+
 # ----- video files -----
 
 
@@ -472,6 +510,35 @@ def test_a_damaged_webm_reads_the_same_each_time(tmp_path):
     assert len(outcomes - {"refused"}) <= 1, outcomes   # decord may notice the damage or not, but never gives other frames
 
 
+def test_a_webm_that_lost_bytes_in_its_middle_is_refused(tmp_path):
+    pytest.importorskip("decord")
+    whole, path = WEBM.read_bytes(), tmp_path / "1.webm"
+    assert data.webm_damage(WEBM) is None
+    for at in range(300, len(whole) - 60, 50):
+        path.write_bytes(whole[:at] + whole[at + 40:])
+        with pytest.raises(data.ClipError, match=str(path)):
+            data.read_clip(path, np.arange)
+    path.write_bytes(whole + b"what follows the segment")
+    assert data.webm_damage(path) is None and webm_values(path, np.arange) == list(range(24))
+
+
+def mp4_box(kind, content):
+    return (8 + len(content)).to_bytes(4, "big") + kind + content
+
+
+@pytest.mark.parametrize("matrix, mirrored", [((1, 0, 0, 1), False), ((0, 1, -1, 0), False), ((-1, 0, 0, -1), False), ((0, -1, 1, 0), False),
+                                              ((-1, 0, 0, 1), True), ((0, 1, 1, 0), True), ((1, 1, -1, 1), True)])
+def test_a_mirrored_mp4_is_noticed(tmp_path, matrix, mirrored):
+    a, b, c, d = (round(65536 * v).to_bytes(4, "big", signed=True) for v in matrix)
+    header = bytes(40) + a + b + bytes(4) + c + d + bytes(24)          # version 0: the matrix is at byte 40
+    raw = mp4_box(b"ftyp", b"isom") + mp4_box(b"moov", mp4_box(b"mvhd", bytes(100)) + mp4_box(b"trak", mp4_box(b"tkhd", header))) + mp4_box(b"mdat", bytes(50))
+    (tmp_path / "1.mp4").write_bytes(raw)
+    assert data.mp4_mirrored(tmp_path / "1.mp4") == mirrored
+    assert data.declared_bytes(tmp_path / "1.mp4") == len(raw)
+    (tmp_path / "1.mp4").write_bytes(raw[:-20])
+    assert data.declared_bytes(tmp_path / "1.mp4") == len(raw)          # 20 more than it has
+
+
 # ----- check and show -----
 
 
@@ -498,6 +565,16 @@ def test_check_on_frame_folders_with_one_that_hangs(tmp_path):
     assert "6 frame folders: 1 readable" in printed and "5 unreadable" in printed and "--skip_list" in printed
     lines = {line.split()[1].rstrip(":"): line for line in printed.splitlines() if line.startswith("unreadable")}
     assert "hang" in lines["20"] and "no such file" in lines["11"] and str(clips / "12") in lines["12"]
+
+
+def test_check_reports_missing_numbers_and_clips_that_no_split_lists(tmp_path):
+    v1_set(tmp_path / "set", {i: (grey_frames(4), SIDES[0]) for i in ("1", "2", "3")})
+    folder = tmp_path / "set" / "20bn-something-something-v1"
+    (folder / "2" / "00003.png").unlink()
+    shutil.copytree(folder / "1", folder / "4")
+    code, printed, ids, text = run_check(tmp_path / "set", "ssv1")
+    assert code == 0 and ids == set() and "1 clips are in none of these splits" in printed and "as 4" in printed
+    assert "short       2: has 3 frames, and 1 numbers between the first and the last are missing" in printed and "# short, kept: 2" in text
 
 
 def test_check_on_good_data_succeeds_wherever_it_lies(tmp_path, capfd):

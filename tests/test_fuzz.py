@@ -8,12 +8,15 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
+import torch
 
 import data
 from conftest import ROOT
+from model import build_model
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import fuzz
@@ -25,9 +28,9 @@ CLASSES = ["Closing something", "Moving something, then dropping it", "Öffnen v
 
 def test_damaged_clips_are_read_right_or_refused(tmp_path):
     pytest.importorskip("decord")
-    rows, wrong = fuzz.run(tmp_path / "fuzz", files=36, jobs=1, commands=False)
+    rows, wrong = fuzz.run(tmp_path / "fuzz", files=27, jobs=1, commands=False)
     assert not wrong and not any(bad for *_, bad in rows), wrong
-    assert sum(tried for _, tried, _, _ in rows) >= 36
+    assert sum(tried for _, tried, _, _ in rows) >= 27
     said = " ".join(outcome for _, _, outcome, _ in rows)
     assert all(sum(int(n) for n in re.findall(rf"(\d+) {word}", said)) > 5 for word in ("read", "refused"))     # both do happen
 
@@ -67,11 +70,15 @@ def plain_v1(raw):
 
 
 def plain_v2(raw):
+    def no_twins(pairs):
+        assert len({key for key, _ in pairs}) == len(pairs)
+        return dict(pairs)
+
     try:
-        entries = json.loads(raw.decode("utf-8-sig"))
+        entries = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=no_twins)
         pairs = [(e["id"], e["template"].replace("[", "").replace("]", "")) for e in entries]
         return pairs if isinstance(entries, list) and all(plain_name(i) and c in CLASSES for i, c in pairs) else None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
         return None
 
 
@@ -135,7 +142,7 @@ def test_mutated_annotations_are_read_right_or_refused_in_one_line(tmp_path, dat
         else:
             assert [(i.decode(), classes[k]) for i, k in zip(ids, labels)] == expected, raw
             read += 1
-    assert read > 80 and refused > 80
+    assert read > 80 and refused > 80                   # both do happen
 
 
 @pytest.mark.parametrize("name, raw, words", [
@@ -216,26 +223,22 @@ def folders(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("fault, words", [("os.kill(os.getpid(), signal.SIGSEGV)", ["Segmentation fault"]), ("time.sleep(600)", ["timed out after 2"])])
-def test_a_data_worker_that_dies_or_hangs_names_its_clip(folders, tmp_path, fault, words):
-    code, complaint = run_faulty("train.py", fault, "13", "--dataset", "ssv1", "--data_root", folders, "--recipe", "toy", "--image_size", 16, "--num_frames", 4,
-                                 "--dim", 32, "--heads", 2, "--batch_size", 4, "--epochs", 1, "--out_dir", tmp_path / "out", "--device", "cpu",
-                                 "--workers", 2, "--timeout", 2)
-    last = complaint.splitlines()[-1]
+def test_a_data_worker_that_dies_names_its_clip(folders, tmp_path):
+    code, complaint = run_faulty("train.py", "os.kill(os.getpid(), signal.SIGSEGV)", "13", "--dataset", "ssv1", "--data_root", folders, "--recipe", "toy",
+                                 "--image_size", 16, "--num_frames", 4, "--dim", 32, "--heads", 2, "--batch_size", 4, "--epochs", 1,
+                                 "--out_dir", tmp_path / "out", "--device", "cpu", "--workers", 2)
+    last = complaint.splitlines()[-1].lstrip("\0")      # PyTorch ends its own line so
     assert code == 1 and last.startswith("train.py: ") and "Traceback" not in complaint, complaint
-    assert all(w in last for w in ["clip 13 ", str(folders / "20bn-something-something-v1" / "13"), "data.py check", *words]), complaint
+    assert all(w in last for w in ["DataLoader worker", "clip 13 ", str(folders / "20bn-something-something-v1" / "13"), "data.py check"]), complaint
 
 
-def test_evaluation_names_a_clip_that_hangs_too(folders, tmp_path):
-    import torch
-    from dataclasses import asdict
-    from model import build_model
+def test_a_data_worker_that_hangs_names_its_clip(folders, tmp_path):
     model = build_model("tiny", dim=32, depth=2, heads=2, num_frames=4, image_size=16, patch_size=8, num_classes=3)
     torch.save(dict(model=model.state_dict(), model_config=asdict(model.config), classes=sorted(CLASSES), mean=list(data.CLIP_MEAN), std=list(data.CLIP_STD),
                     args=dict(dataset="ssv1", data_root=str(folders), control="none")), tmp_path / "model.pt")
     code, complaint = run_faulty("evaluate.py", "time.sleep(600)", "17", "--ckpt", tmp_path / "model.pt", "--device", "cpu", "--workers", 1, "--timeout", 2)
     last = complaint.splitlines()[-1]
-    assert code == 1 and last.startswith("evaluate.py: ") and "clip 17 " in last and "timed out" in last, complaint
+    assert code == 1 and last.startswith("evaluate.py: ") and "clip 17 " in last and "timed out after 2" in last, complaint
 
 
 def test_worker_error_leaves_other_errors_alone():
