@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import functools
 import json
+import mmap
 import multiprocessing
 import os
 import re
@@ -311,7 +312,8 @@ def webm_damage(path):
 
     Versions of ffmpeg go on after such damage in different ways. Only cut off, a file still fits (declared_bytes sees that).
     """
-    raw = Path(path).read_bytes()
+    with open(path, "rb") as f:
+        raw = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)        # what lies between the lengths stays on the disk
     if raw[:4] != b"\x1a\x45\xdf\xa3":
         return None                                     # another container
     at, inside = 0, [("", float("inf"))]                # the elements that byte `at` is in, with their ends
@@ -833,7 +835,7 @@ def check(args):
     if paths:
         extra = sorted({e.name for e in os.scandir(dataset.folder) if e.name[0] != "."} - {os.path.basename(path) for path in paths.values()})
         if extra:
-            print(f"{dataset.folder}: {len(extra)} clips are in none of these splits and stay unused, as {', '.join(extra[:3])}")
+            print(f"{dataset.folder}: {len(extra)} clips are in none of these splits and stay unused, as {', '.join(map(repr, extra[:3]))}")
     bad, short = {}, {}
     results = progress(isolated(probe, paths.values(), args.jobs, args.timeout), total=len(paths), unit=" clips")
     for clip, (readable, text) in zip(paths, results):

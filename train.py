@@ -71,7 +71,7 @@ def get_args(argv=None):
     p.add_argument("--randaugment", type=int, metavar="M", help="magnitude 1-30 of RandAugment's 4 operations, 0 for none; lower it when training accuracy stays low (default: %(default)s)")
     p.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the clips, with the mirrored class's label")
     p.add_argument("--control", default="none", choices=("none", "shuffle", "single"), help="control experiments: frames in random order, or one frame repeated, in training and validation")
-    p.add_argument("--workers", type=int, help="data workers per process (default: cores / processes, at most 8; 0 on a single core)")
+    p.add_argument("--workers", type=int, help="data workers per process (default: cores / processes, at most 8; 0 on a single core: no worker, so a decoder that crashes takes the run with it and leaves only a stack trace)")
     p.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="a data worker that gives nothing for so long counts as hanging; raise it for long clips on slow disks (default: %(default)s)")
     # model: one flag per field of ModelConfig
     add_model_flags(p)

@@ -573,7 +573,7 @@ def test_check_reports_missing_numbers_and_clips_that_no_split_lists(tmp_path):
     (folder / "2" / "00003.png").unlink()
     shutil.copytree(folder / "1", folder / "4")
     code, printed, ids, text = run_check(tmp_path / "set", "ssv1")
-    assert code == 0 and ids == set() and "1 clips are in none of these splits" in printed and "as 4" in printed
+    assert code == 0 and ids == set() and "1 clips are in none of these splits" in printed and "as '4'" in printed
     assert "short       2: has 3 frames, and 1 numbers between the first and the last are missing" in printed and "# short, kept: 2" in text
 
 
