@@ -319,16 +319,17 @@ def webm_damage(path):
     at, inside = 0, [("", float("inf"))]                # the elements that byte `at` is in, with their ends
     while at < len(raw):
         while at == inside[-1][1]:
-            if inside.pop()[0] == "18538067":
-                return None                             # the end of the segment: players ignore what follows
+            if inside.pop()[0] == "18538067":           # the end of the segment: what follows is no matter, unless it has frames
+                behind = raw.find(bytes.fromhex("1f43b675"), at)
+                return None if behind < 0 else behind
         id_width = 9 - raw[at].bit_length()             # leading zeros of its first byte tell the width of a number
         size_at = at + id_width
-        if size_at >= len(raw):
-            return None
-        size_width = 9 - raw[size_at].bit_length()
+        size_width = 9 - raw[size_at].bit_length() if size_at < len(raw) else 1
+        name, start = raw[at:size_at].hex(), size_at + size_width
         if id_width > 4 or size_width > 8:
             return at
-        name, start = raw[at:size_at].hex(), size_at + size_width
+        if start > len(raw):
+            return None                                 # cut off
         size = int.from_bytes(raw[size_at:start], "big") - (1 << 7 * size_width)
         unknown = size == (1 << 7 * size_width) - 1     # all ones, as live streams have it: until the next of its kind
         if inside[-1][0] == "1f43b675" and name in WEBM_SEGMENT - {"ec", "bf"}:

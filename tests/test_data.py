@@ -520,6 +520,11 @@ def test_a_webm_that_lost_bytes_in_its_middle_is_refused(tmp_path):
             data.read_clip(path, np.arange)
     path.write_bytes(whole + b"what follows the segment")
     assert data.webm_damage(path) is None and webm_values(path, np.arange) == list(range(24))
+    path.write_bytes(whole + whole[200:])               # frames there: one player shows them, another does not
+    assert data.webm_damage(path) > len(whole)
+    for length in range(4, len(whole), 7):              # only cut off: what is there fits
+        path.write_bytes(whole[:length])
+        assert data.webm_damage(path) is None
 
 
 def mp4_box(kind, content):
