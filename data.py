@@ -417,6 +417,8 @@ def read_clip(path, choose):
         raise
     except Exception as e:                              # Pillow and decord raise many kinds; all mean: broken
         text = re.sub(r"\[\d\d:\d\d:\d\d\] \S+: ", "", (str(e).splitlines() or [""])[0])        # without the time and decord's own source lines
+        if "duplicate frames" in text:                  # decord's words for what fault_tol forbids
+            text = "fewer frames decode than the file holds"
         raise ClipError(f"{path}: cannot be read ({type(e).__name__}: {text[:200]})") from e
 
 

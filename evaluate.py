@@ -80,6 +80,7 @@ def ignore_interrupt(worker):
     """Data workers leave Ctrl-C, and torchrun's SIGTERM to all, to the process that trains: it finishes its step and saves."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    faulthandler.disable()                              # when a decoder crashes, that process names the clip instead
 
 
 def kill_workers():
