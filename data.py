@@ -299,86 +299,6 @@ def import_decord():
     return decord
 
 
-MP4_STARTS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
-
-# What webm (Matroska, RFC 9559) nests: the elements to look into, and what those may hold that the frames lie in
-WEBM_SEGMENT = {"114d9b74", "1549a966", "1654ae6b", "1f43b675", "1c53bb6b", "1254c367", "1043a770", "1941a469", "ec", "bf"}
-WEBM_INSIDE = {"": {"1a45dfa3", "18538067", "ec"}, "18538067": WEBM_SEGMENT, "1f43b675": {"e7", "a7", "ab", "a3", "a0", "5854", "af", "ec", "bf"},
-               **dict.fromkeys(("114d9b74", "4dbb", "1549a966", "1654ae6b", "ae", "e0"))}
-
-
-def webm_damage(path):
-    """Where a webm file's elements, each of which has its length before it, do not fit into each other: a byte, or None.
-
-    Versions of ffmpeg go on after such damage in different ways. Only cut off, a file still fits (declared_bytes sees that).
-    """
-    with open(path, "rb") as f:
-        raw = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)        # what lies between the lengths stays on the disk
-    if raw[:4] != b"\x1a\x45\xdf\xa3":
-        return None                                     # another container
-    at, inside = 0, [("", float("inf"))]                # the elements that byte `at` is in, with their ends
-    while at < len(raw):
-        while at == inside[-1][1]:
-            if inside.pop()[0] == "18538067":           # the end of the segment: what follows is no matter, unless it has frames
-                behind = raw.find(bytes.fromhex("1f43b675"), at)
-                return None if behind < 0 else behind
-        id_width = 9 - raw[at].bit_length()             # leading zeros of its first byte tell the width of a number
-        size_at = at + id_width
-        size_width = 9 - raw[size_at].bit_length() if size_at < len(raw) else 1
-        name, start = raw[at:size_at].hex(), size_at + size_width
-        if id_width > 4 or size_width > 8:
-            return at
-        if start > len(raw):
-            return None                                 # cut off
-        size = int.from_bytes(raw[size_at:start], "big") - (1 << 7 * size_width)
-        unknown = size == (1 << 7 * size_width) - 1     # all ones, as live streams have it: until the next of its kind
-        if inside[-1][0] == "1f43b675" and name in WEBM_SEGMENT - {"ec", "bf"}:
-            inside.pop()
-        parent, end = inside[-1]
-        stop = end if unknown else start + size
-        if stop > end or WEBM_INSIDE[parent] and name not in WEBM_INSIDE[parent]:
-            return at
-        if name in WEBM_INSIDE:
-            inside.append((name, stop))
-        at = start if name in WEBM_INSIDE else stop
-    return None
-
-
-def mp4_boxes(f, at, end):
-    """The boxes of an open mp4 or mov file between two places: (type, start and end of its content). The last may end behind the file."""
-    while at + 8 <= end:
-        f.seek(at)
-        head = f.read(16)
-        size, skip = int.from_bytes(head[:4], "big"), 8
-        if size == 1:                                   # a long one
-            size, skip = int.from_bytes(head[8:], "big"), 16
-        size = size or end - at                         # 0: all the rest
-        if size < skip:
-            return
-        yield head[4:8], at + skip, at + size
-        at += size
-
-
-def mp4_mirrored(path):
-    """Whether an mp4 or mov file wants to be shown mirrored, or turned by other than 90, 180 or 270 degrees, which decord would not do."""
-    with open(path, "rb") as f:
-        def inside(kind, boxes):
-            return [box for k, at, end in boxes if k == kind for box in mp4_boxes(f, at, end)]
-
-        if f.read(8)[4:] not in MP4_STARTS:
-            return False
-        movie = inside(b"moov", mp4_boxes(f, 0, os.path.getsize(path)))
-        for kind, at, _ in movie + inside(b"trak", movie):
-            if kind in (b"mvhd", b"tkhd"):              # of the whole film, of one track: times and more, then the matrix a b u c d v x y w
-                f.seek(at)
-                box = f.read(80)
-                place = (36 if kind == b"mvhd" else 40) + (12 if box[:1] == b"\1" else 0)          # version 1 has longer times
-                a, b, _, c, d = struct.unpack(">5i", box[place:place + 20].ljust(20, b"\0"))
-                if not ((min(a, d) > 0 or max(a, d) < 0) and b == c == 0 or a == d == 0 and b * c < 0 or a == b == c == d == 0):
-                    return True
-    return False
-
-
 def read_video_file(path, choose):
     """Every frame in turn from the first to the last, keeping the chosen ones: right without trusting time stamps, key frames or seeking.
 
@@ -732,8 +652,88 @@ def make_toy(root, seed=None, train=None, validation=None, difficulty=None):
 
 
 # ----------------------------------------------------------------------------------------------------
-# python data.py check: is every clip there and whole?
+# Video files: damage that one decoder steps over and another does not
 # ----------------------------------------------------------------------------------------------------
+
+
+MP4_STARTS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
+
+# What webm (Matroska, RFC 9559) nests: the elements to look into, and what those may hold that the frames lie in
+WEBM_SEGMENT = {"114d9b74", "1549a966", "1654ae6b", "1f43b675", "1c53bb6b", "1254c367", "1043a770", "1941a469", "ec", "bf"}
+WEBM_INSIDE = {"": {"1a45dfa3", "18538067", "ec"}, "18538067": WEBM_SEGMENT, "1f43b675": {"e7", "a7", "ab", "a3", "a0", "5854", "af", "ec", "bf"},
+               **dict.fromkeys(("114d9b74", "4dbb", "1549a966", "1654ae6b", "ae", "e0"))}
+
+
+def webm_damage(path):
+    """Where a webm file's elements, each of which has its length before it, do not fit into each other: a byte, or None.
+
+    Versions of ffmpeg go on after such damage in different ways. Only cut off, a file still fits (declared_bytes sees that).
+    """
+    with open(path, "rb") as f:
+        raw = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)        # what lies between the lengths stays on the disk
+    if raw[:4] != b"\x1a\x45\xdf\xa3":
+        return None                                     # another container
+    at, inside = 0, [("", float("inf"))]                # the elements that byte `at` is in, with their ends
+    while at < len(raw):
+        while at == inside[-1][1]:
+            if inside.pop()[0] == "18538067":           # the end of the segment: what follows is no matter, unless it has frames
+                behind = raw.find(bytes.fromhex("1f43b675"), at)
+                return None if behind < 0 else behind
+        id_width = 9 - raw[at].bit_length()             # leading zeros of its first byte tell the width of a number
+        size_at = at + id_width
+        size_width = 9 - raw[size_at].bit_length() if size_at < len(raw) else 1
+        name, start = raw[at:size_at].hex(), size_at + size_width
+        if id_width > 4 or size_width > 8:
+            return at
+        if start > len(raw):
+            return None                                 # cut off
+        size = int.from_bytes(raw[size_at:start], "big") - (1 << 7 * size_width)
+        unknown = size == (1 << 7 * size_width) - 1     # all ones, as live streams have it: until the next of its kind
+        if inside[-1][0] == "1f43b675" and name in WEBM_SEGMENT - {"ec", "bf"}:
+            inside.pop()
+        parent, end = inside[-1]
+        stop = end if unknown else start + size
+        if stop > end or WEBM_INSIDE[parent] and name not in WEBM_INSIDE[parent]:
+            return at
+        if name in WEBM_INSIDE:
+            inside.append((name, stop))
+        at = start if name in WEBM_INSIDE else stop
+    return None
+
+
+def mp4_boxes(f, at, end):
+    """The boxes of an open mp4 or mov file between two places: (type, start and end of its content). The last may end behind the file."""
+    while at + 8 <= end:
+        f.seek(at)
+        head = f.read(16)
+        size, skip = int.from_bytes(head[:4], "big"), 8
+        if size == 1:                                   # a long one
+            size, skip = int.from_bytes(head[8:], "big"), 16
+        size = size or end - at                         # 0: all the rest
+        if size < skip:
+            return
+        yield head[4:8], at + skip, at + size
+        at += size
+
+
+def mp4_mirrored(path):
+    """Whether an mp4 or mov file wants to be shown mirrored, or turned by other than 90, 180 or 270 degrees, which decord would not do."""
+    with open(path, "rb") as f:
+        def inside(kind, boxes):
+            return [box for k, at, end in boxes if k == kind for box in mp4_boxes(f, at, end)]
+
+        if f.read(8)[4:] not in MP4_STARTS:
+            return False
+        movie = inside(b"moov", mp4_boxes(f, 0, os.path.getsize(path)))
+        for kind, at, _ in movie + inside(b"trak", movie):
+            if kind in (b"mvhd", b"tkhd"):              # of the whole film, of one track: times and more, then the matrix a b u c d v x y w
+                f.seek(at)
+                box = f.read(80)
+                place = (36 if kind == b"mvhd" else 40) + (12 if box[:1] == b"\1" else 0)          # version 1 has longer times
+                a, b, _, c, d = struct.unpack(">5i", box[place:place + 20].ljust(20, b"\0"))
+                if not ((min(a, d) > 0 or max(a, d) < 0) and b == c == 0 or a == d == 0 and b * c < 0 or a == b == c == d == 0):
+                    return True
+    return False
 
 
 def declared_bytes(path):
@@ -751,6 +751,11 @@ def declared_bytes(path):
     width = 9 - head[at].bit_length()                   # EBML: leading zeros of the first byte tell the size of the number
     size = int.from_bytes(head[at:at + width], "big") - (1 << 7 * width)
     return 0 if size == (1 << 7 * width) - 1 else at + width + size             # all ones: unknown, as in a live stream
+
+
+# ----------------------------------------------------------------------------------------------------
+# python data.py check: is every clip there and whole?
+# ----------------------------------------------------------------------------------------------------
 
 
 def missing_frames(path):
