@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 import data
-from model import ModelConfig, STDFormer
+from model import ModelConfig, STDFormer, load_tensors
 
 PAPER = {"ssv1": "STD-Former (paper, Table 1) SSV1 validation: top1 57.30 top5 84.40 clips 11522 views 16x3x1",
          "ssv2": "STD-Former (paper, Table 1) SSV2 validation: top1 69.20 top5 92.10 clips 24777 views 16x3x1"}
@@ -62,16 +62,30 @@ def autocast(device, precision):
     return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
-def load_checkpoint(path):
-    """A checkpoint of train.py, on the CPU. Raises FileNotFoundError, ValueError naming the file."""
+def load_checkpoint(path, needs=("model", "model_config", "classes")):
+    """A checkpoint of train.py with the entries that are needed, on the CPU. Raises FileNotFoundError, ValueError naming the file and what it is."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
+        raise FileNotFoundError(f"{path}: " + ("a folder, expected a checkpoint file of train.py" if Path(path).is_dir() else "no such checkpoint"))
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["model"], checkpoint["model_config"], checkpoint["classes"]
-    except Exception as e:                              # torch raises many kinds; all mean: not one of ours
-        raise ValueError(f"{path}: not a checkpoint of train.py ({type(e).__name__}: {(str(e).splitlines() or [''])[0][:150]})") from e
+        checkpoint = load_tensors(path)
+    except ValueError as e:
+        raise ValueError(f"{e}. Expected a checkpoint of train.py") from e
+    found = list(map(str, checkpoint)) if isinstance(checkpoint, dict) else [type(checkpoint).__name__]
+    missing = [k for k in needs if k not in found]
+    if missing:
+        raise ValueError(f"{path}: not a checkpoint of train.py, it lacks {', '.join(missing)}; found {', '.join(found[:5])}" + (" ..." if len(found) > 5 else ""))
     return checkpoint
+
+
+def build_trained(checkpoint, path):
+    """The model of a checkpoint. Raises ValueError naming the file where its weights and its configuration are not one model's."""
+    try:
+        model = STDFormer(ModelConfig(**checkpoint["model_config"]))
+        model.load_state_dict(checkpoint["model"])
+    except Exception as e:                              # each of the three steps has its own kinds
+        raise ValueError(f"{path}: not a checkpoint of this train.py, its weights and model_config make no model "
+                         f"({type(e).__name__}: {' '.join(str(e).split())[:200]})") from e
+    return model
 
 
 def ignore_interrupt(worker):
@@ -95,11 +109,12 @@ def predict(model, views, device, precision="fp32", mean=data.CLIP_MEAN, std=dat
     return logits.float().softmax(-1).view(B, -1, logits.shape[-1]).mean(dim=1)
 
 
-def evaluate(model, dataset, device, rank=0, world=1, batch_size=8, workers=0, precision="fp32", mean=data.CLIP_MEAN, std=data.CLIP_STD):
+def evaluate(model, dataset, device, rank=0, world=1, batch_size=8, workers=0, precision="fp32", mean=data.CLIP_MEAN, std=data.CLIP_STD, asked_to_stop=None):
     """Score a VideoDataset made for evaluation. Returns top1, top5 (percent), clips and, on rank 0, rows.
 
     Ranks take every world-th clip, so nothing is padded or counted twice; integer counts are summed and divided once. Clips on
     the skip list count as wrong. rows: a list of (index, label, top-5 classes, their probabilities). Leaves the model in eval mode.
+    asked_to_stop: a list that a signal fills; a rank that was asked leaves early, and all of them return None.
     """
     mine = torch.utils.data.Subset(dataset, range(rank, len(dataset), world))
     loader = torch.utils.data.DataLoader(mine, batch_size=batch_size, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupt,
@@ -107,8 +122,16 @@ def evaluate(model, dataset, device, rank=0, world=1, batch_size=8, workers=0, p
     model.eval()
     rows = []
     for views, label, index in data.progress(loader, desc="evaluating", leave=False) if rank == 0 else loader:
+        if asked_to_stop:
+            break
         probability, top = predict(model, views, device, precision, mean, std).cpu().topk(min(5, len(dataset.classes)))
         rows += zip(index.tolist(), label.tolist(), top.tolist(), probability.tolist())
+    if asked_to_stop is not None:
+        stopped = torch.tensor(len(asked_to_stop), device=device)
+        if world > 1:
+            dist.all_reduce(stopped)
+        if stopped:
+            return None
     counts = torch.tensor([sum(label == top[0] for _, label, top, _ in rows), sum(label in top for _, label, top, _ in rows), len(rows)], device=device)
     if world > 1:
         dist.all_reduce(counts)
@@ -200,11 +223,9 @@ def main(argv=None):
 
     rank, world = setup_processes(args.device)
     device = pick_device(args.device)
-    checkpoint = load_checkpoint(args.ckpt)
+    checkpoint = load_checkpoint(args.ckpt, ("model", "model_config", "classes", "mean", "std", "args"))
     trained = checkpoint["args"]
-    model = STDFormer(ModelConfig(**checkpoint["model_config"]))
-    model.load_state_dict(checkpoint["model"])
-    model.to(device).eval()
+    model = build_trained(checkpoint, args.ckpt).to(device).eval()
     c, classes, mean, std = model.config, checkpoint["classes"], checkpoint["mean"], checkpoint["std"]
 
     if args.video:
