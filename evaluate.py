@@ -202,6 +202,25 @@ def write_report(folder, rows, classes):
     print(f"{folder}: per_class.csv, confused.csv and confusion.png written")
 
 
+def check_args(args):
+    """Refuse flags that cannot work, alone or together, before any file is touched. Raises ValueError naming flag, found and expected."""
+    a, alone = args, "to be left out with --video, which prints the top 5 and stops"
+    for flag, fine, expected in [
+        ("clips", a.clips >= 1, "1 or more"),
+        ("batch_size", a.batch_size >= 1, "1 or more"),
+        ("workers", a.workers >= 0, "0 or more"),
+        ("skip_list", not a.skip_list or os.path.isfile(a.skip_list), "a file that is there"),
+        ("data_root", not a.data_root or os.path.isdir(a.data_root), "the folder of a data set"),
+        ("save", not a.save or not os.path.isdir(a.save), "the name of a file"),
+        ("report", not a.report or os.path.isdir(a.report) or not os.path.exists(a.report), "a folder, or a name for a new one"),
+        *((flag, not a.video or getattr(a, flag) is None, alone) for flag in ("save", "report", "dataset", "data_root", "skip_list", "control")),
+        ("split", not a.video or a.split == "validation", alone),
+        ("video", not a.video or os.environ.get("WORLD_SIZE", "1") == "1", "one process: start evaluate.py without torchrun"),
+    ]:
+        if not fine:
+            raise ValueError(f"--{flag} {getattr(args, flag)}: expected {expected}")
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--ckpt", required=True, help="checkpoint of train.py, best.pt or last.pt")
@@ -220,6 +239,7 @@ def main(argv=None):
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="auto takes the first that is there")
     p.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="fp32 for numbers to report; bf16 is faster on GPUs")
     args = p.parse_args(argv)
+    check_args(args)
 
     rank, world = setup_processes(args.device)
     device = pick_device(args.device)
@@ -246,16 +266,20 @@ def main(argv=None):
     if dataset.classes != classes:
         raise ValueError(f"--data_root: its {len(dataset.classes)} classes are not the {len(classes)} of the checkpoint; only there: "
                          f"{sorted(set(dataset.classes) - set(classes))[:3]}, missing: {sorted(set(classes) - set(dataset.classes))[:3]}")
+    labelled = bool((dataset.labels >= 0).all())
+    if args.report and not labelled:
+        raise ValueError(f"--report {args.report}: expected a split with labels, {args.split} of {root} has none; --save FILE.csv keeps the predictions")
     result = evaluate(model, dataset, device, rank, world, args.batch_size, args.workers, args.precision, mean, std)
     if rank == 0:
-        rows, labelled = result["rows"], bool((dataset.labels >= 0).all())
-        if args.save:
-            write_csv(args.save, rows, dataset.ids, classes)
-            print(f"{args.save}: {len(rows)} predictions written")
-        if args.report and labelled:
-            write_report(args.report, rows, classes)
-        elif args.report:
-            print(f"--report {args.report}: not written, this split has no labels")
+        rows, not_written = result["rows"], None
+        try:
+            if args.save:
+                write_csv(args.save, rows, dataset.ids, classes)
+                print(f"{args.save}: {len(rows)} predictions written")
+            if args.report:
+                write_report(args.report, rows, classes)
+        except OSError as e:                            # the accuracy is printed all the same
+            not_written = OSError(f"{e.filename or args.save or args.report}: could not be written ({e.strerror or e}); the numbers above are complete")
         if dataset.skipped:
             print(f"{dataset.skipped} clips of the skip list count as wrong")
         print(f"{args.split} split, {c.num_frames} frames x {args.crops} crops x {args.clips} clips, softmax averaged over the views"
@@ -266,6 +290,8 @@ def main(argv=None):
             if len(classes) == 174 and name in PAPER and args.split == "validation" and dataset.control == "none":
                 print(PAPER[name])
             print(f"top1 {result['top1']:.2f} top5 {result['top5']:.2f} clips {result['clips']} views {c.num_frames}x{args.crops}x{args.clips}")
+        if not_written:
+            raise not_written
     if world > 1:
         dist.destroy_process_group()
 
@@ -273,5 +299,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError, data.ClipError) as e:
+    except (ValueError, OSError, data.ClipError) as e:
         sys.exit(f"evaluate.py: {data.reason(e)}")
