@@ -74,6 +74,8 @@ def load_checkpoint(path, needs=("model", "model_config", "classes")):
     missing = [k for k in needs if k not in found]
     if missing:
         raise ValueError(f"{path}: not a checkpoint of train.py, it lacks {', '.join(missing)}; found {', '.join(found[:5])}" + (" ..." if len(found) > 5 else ""))
+    if not isinstance(checkpoint["model"], dict) or not all(map(torch.is_tensor, checkpoint["model"].values())):
+        raise ValueError(f"{path}: not a checkpoint of train.py, its entry model is not tensors by name")
     return checkpoint
 
 

@@ -259,7 +259,8 @@ def save_checkpoint(path, checkpoint):
 def init_from(model, checkpoint, path, classes):
     """Copy another run's weights; positions are resized, the head stays new where the classes differ."""
     state = dict(checkpoint["model"])
-    state["positional_embedding"] = resize_positions(state["positional_embedding"], model.grid)
+    if "positional_embedding" in state:
+        state["positional_embedding"] = resize_positions(state["positional_embedding"], model.grid)
     if checkpoint["classes"] != classes:
         state.update({k: v for k, v in model.state_dict().items() if k.startswith("head.")})
     own = model.state_dict()
