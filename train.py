@@ -224,7 +224,7 @@ def not_written(path, error):
     """The one line for a file that could not be written: which, why, how much room is left, what to do."""
     folder = Path(path).parent
     room = f"{shutil.disk_usage(folder).free / 2 ** 30:.2f} GiB free there" if folder.is_dir() else "its folder is gone"
-    why = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0]
+    why = getattr(error, "strerror", None) or "torch.save: " + str(error).splitlines()[0]
     return OSError(f"{path}: could not be written ({why}; {room}). Checkpoints written before are whole: see to space and rights, then go on with --resume")
 
 

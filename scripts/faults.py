@@ -59,7 +59,7 @@ def command(folder, out, *flags):
 def start(arguments, **options):
     """One Python process on one thread, in a process group of its own; what it prints is in the file process.printed."""
     printed = tempfile.NamedTemporaryFile("w+", suffix=".txt", delete=False)
-    env = dict(os.environ, LOCAL_WORLD_SIZE=str(os.cpu_count()), OMP_NUM_THREADS="1", **options.pop("env", {}))
+    env = {**os.environ, "LOCAL_WORLD_SIZE": str(os.cpu_count()), "OMP_NUM_THREADS": "1", **options.pop("env", {})}
     process = subprocess.Popen([sys.executable, *arguments], stdout=printed, stderr=subprocess.STDOUT, env=env, cwd=ROOT, start_new_session=True, **options)
     process.printed = Path(printed.name)
     return process
@@ -303,10 +303,10 @@ def sigterm(folder, times=3, seed=0):
 
 
 @contextlib.contextmanager
-def small_disk(folder, megabytes):
-    """A tmpfs of that size. Raises PermissionError where mounting is not allowed."""
+def small_disk(folder, size):
+    """A tmpfs of so many bytes. Raises PermissionError where mounting is not allowed."""
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True).returncode:
         raise PermissionError("mounting is not permitted here")
     try:
         yield folder
@@ -315,14 +315,14 @@ def small_disk(folder, megabytes):
 
 
 def begun(folder, out):
-    """A run that was stopped in its second epoch; returns its last.pt and that file's bytes."""
-    succeed(start(command(folder, out, "--max_steps", "10", "--workers", "0")))
+    """A run that was stopped in its first epoch, and so has no best.pt yet; returns its last.pt and that file's bytes."""
+    succeed(start(command(folder, out, "--max_steps", "6", "--workers", "0", "--save_minutes", "60")))
     return out / "last.pt", (out / "last.pt").read_bytes()
 
 
 def broken_write(folder, out, name, last, whole, **options):
     """Go on with a run that cannot write; yields the row: one line that names the out_dir, the earlier checkpoint whole, nothing half-written."""
-    code, printed = finish(start(command(folder, out, "--resume", "--workers", "0"), **options))
+    code, printed = finish(start(command(folder, out, "--resume", "--workers", "0", "--save_minutes", "60"), **options))
     bad = not one_line(code, printed, out, "could not be written") or last.read_bytes() != whole or any(out.glob("*.tmp"))
     yield (name, 1, "went wrong: " + " ".join(printed[-300:].split()) if bad else "one line names the file, exit code 1, the earlier last.pt is whole, no .tmp is left", int(bad))
 
@@ -337,14 +337,14 @@ def file_size_limit(folder):
 
 
 def full_disk(folder):
-    """A disk with room for one checkpoint, then one without a free byte, then one that is read-only; each run goes on when there is room."""
+    """A disk with room for two checkpoints (best.pt, last.pt) but not for writing one anew beside them, then one without a free byte, then one that is read-only; each run goes on when there is room."""
     try:
         size = len(begun(folder, folder / "measure")[1])
         shutil.rmtree(folder / "measure")
-        with small_disk(folder / "disk", max(2, int(1.6 * size / 2 ** 20))) as disk:
+        with small_disk(folder / "disk", int(2.6 * size)) as disk:
             out = disk / "run"
             last, whole = begun(folder, out)
-            yield from broken_write(folder, out, "disk with room for one checkpoint and a half", last, whole)
+            yield from broken_write(folder, out, "disk with room for two checkpoints and a half (three are needed)", last, whole)
             with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as f:
                 while True:
                     f.write(bytes(4096))
