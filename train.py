@@ -635,5 +635,7 @@ if __name__ == "__main__":
     except (ValueError, OSError, FloatingPointError, data.ClipError) as e:
         sys.exit(f"train.py: {data.reason(e)}")
     finally:
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # else the loader reports the workers that end here as an error
         for worker in multiprocessing.active_children():
             worker.kill()                               # they ignore SIGTERM, and one may hang in a decoder

@@ -140,6 +140,15 @@ def changes(path):
     return lambda: stamp() not in (None, before)
 
 
+def epoch_logged(out):
+    """A sign that becomes true with the row of an epoch's last step, just before its validation."""
+    def last():
+        rows = [r for r in rows_of_log(out) if r["kind"] == "train" and r["step"] % STEPS_PER_EPOCH == 0]
+        return rows[-1]["step"] if rows else 0
+    before = last()
+    return lambda: last() > before
+
+
 def wait_for(sign, process, seconds=120):
     """Poll until the sign is true (returns True) or the process has ended (returns False)."""
     until = time.time() + seconds
@@ -174,7 +183,7 @@ MOMENTS = ("write", "anywhere", "step", "validation", "write", "log line", "best
 
 def kill_once(process, out, moment, rng):
     """SIGKILL at a moment of a run, in the first turn of which it comes; returns whether it was still running."""
-    last, log = changes(out / "last.pt"), changes(out / "log.jsonl")
+    last = changes(out / "last.pt")
     if moment == "anywhere":                            # from the start of Python on; often before the first step
         time.sleep(rng.uniform(0, 6))
     elif moment == "step":
@@ -187,7 +196,7 @@ def kill_once(process, out, moment, rng):
         wait_for(last, process)
         wait_for(changes(out / "log.jsonl"), process)
     elif moment == "validation":                        # the row of the epoch's last step is written just before
-        wait_for(lambda: log() and (rows := rows_of_log(out)) and rows[-1]["kind"] == "train" and rows[-1]["step"] % STEPS_PER_EPOCH == 0, process)
+        wait_for(epoch_logged(out), process)
         time.sleep(rng.uniform(0, 0.05))
     elif moment == "best and last":
         wait_for(changes(out / "best.pt"), process)
@@ -251,7 +260,10 @@ def told(found):
 def kill_a_rank(folder, kills=4, seed=0):
     """torchrun with two ranks and --max_restarts; one rank, drawn at random, gets SIGKILL, `kills` times. Nobody starts anything again."""
     expected, out, rng = undisturbed(folder, ranks=2), folder / "rank_killed", random.Random(seed)
-    agent = start(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max_restarts={kills}", *command(folder, out)])
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    agent = start(["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", f"--max_restarts={kills}", *command(folder, out)])
     killed, seen = 0, set()
     while killed < kills:
         sign = changes(out / "last.pt")
@@ -275,11 +287,7 @@ def sigterm(folder, times=3, seed=0):
     out = folder / "stopped"
     for i in range(times):
         ranks = start_two_ranks(command(folder, out, *(["--resume"] if i else [])))
-        log = changes(out / "log.jsonl")
-        if i % 2:                                       # the last step of an epoch is logged, its validation begins
-            wait_for(lambda: log() and (rows := rows_of_log(out)) and rows[-1]["kind"] == "train" and rows[-1]["step"] % STEPS_PER_EPOCH == 0, ranks[0])
-        else:
-            wait_for(log, ranks[0])
+        wait_for(epoch_logged(out) if i % 2 else changes(out / "last.pt"), ranks[0])
         for p in ranks if i % 2 else [rng.choice(ranks)]:
             p.send_signal(signal.SIGTERM)
         before = time.time()

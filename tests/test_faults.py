@@ -36,7 +36,7 @@ def test_a_killed_run_goes_on_to_the_last_bit(folder):
 
 def test_sigterm_to_one_of_two_ranks_stops_both_at_one_step(folder):
     ranks = faults.start_two_ranks(faults.command(folder, folder / "stopped"))
-    faults.wait_for(faults.changes(folder / "stopped" / "log.jsonl"), ranks[0])
+    faults.wait_for(faults.changes(folder / "stopped" / "last.pt"), ranks[0])
     ranks[1].terminate()
     code, printed = faults.finish(*ranks, seconds=60)
     step = evaluate.load_checkpoint(folder / "stopped" / "last.pt")["step"]
