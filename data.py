@@ -872,9 +872,12 @@ def check(args):
 
 def show(args, train_flags):
     """Write a contact sheet of training samples, after augmentation: one row each, 8 of its frames, its label above."""
-    from train import get_args, make_datasets           # the very data set that train.py would use with these flags
+    from train import check_args, get_args, make_datasets       # the very data set that train.py would use with these flags
     from model import ModelConfig, MODELS, model_overrides
     train_args = get_args(["--dataset", args.dataset, "--data_root", args.data_root] + train_flags)
+    check_args(train_args)
+    if args.dataset == "toy":
+        make_toy(args.data_root)
     dataset, _ = make_datasets(train_args, ModelConfig(**{**MODELS[train_args.model], **model_overrides(train_args)}))
     order = np.random.default_rng(train_args.seed).permutation(len(dataset))[:args.samples]
     size, columns, text, gap = max(96, min(dataset.size, 120)), 8, 22, 3
@@ -912,19 +915,22 @@ def main(argv=None):
     args, rest = p.parse_known_args(argv)
     if rest and args.command != "show":
         p.error(f"unrecognized arguments: {' '.join(rest)}")
+    for flag, least in dict(jobs=1, timeout=1, samples=1, seed=0, train=1, validation=1).items():
+        if getattr(args, flag, None) is not None and not getattr(args, flag) >= least:
+            raise ValueError(f"--{flag} {getattr(args, flag)}: expected {least} or more")
+    if args.command != "toy" and (os.path.isdir(args.out) or not os.path.isdir(os.path.dirname(args.out) or ".")):
+        raise ValueError(f"--out {args.out}: expected the name of a file in a folder that is there")    # hours of checking come before it
     args.data_root = args.data_root or f"datasets/{getattr(args, 'dataset', 'toy')}"
     if args.command == "toy":
         make_toy(args.data_root, args.seed, args.train, args.validation, args.difficulty)
     elif args.command == "check":
         sys.exit(1 if check(args) else 0)
     else:
-        if args.dataset == "toy":
-            make_toy(args.data_root)
         show(args, rest)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError, ClipError) as e:
+    except (ValueError, OSError, ClipError) as e:
         sys.exit(f"data.py: {reason(e)}")

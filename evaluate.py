@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 import data
-from model import ModelConfig, STDFormer
+from model import ModelConfig, STDFormer, load_tensors
 
 PAPER = {"ssv1": "STD-Former (paper, Table 1) SSV1 validation: top1 57.30 top5 84.40 clips 11522 views 16x3x1",
          "ssv2": "STD-Former (paper, Table 1) SSV2 validation: top1 69.20 top5 92.10 clips 24777 views 16x3x1"}
@@ -64,16 +64,32 @@ def autocast(device, precision):
     return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
-def load_checkpoint(path):
-    """A checkpoint of train.py, on the CPU. Raises FileNotFoundError, ValueError naming the file."""
+def load_checkpoint(path, needs=("model", "model_config", "classes")):
+    """A checkpoint of train.py with the entries that are needed, on the CPU. Raises FileNotFoundError, ValueError naming the file and what it is."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
+        raise FileNotFoundError(f"{path}: " + ("a folder, expected a checkpoint file of train.py" if Path(path).is_dir() else "no such checkpoint"))
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["model"], checkpoint["model_config"], checkpoint["classes"]
-    except Exception as e:                              # torch raises many kinds; all mean: not one of ours
-        raise ValueError(f"{path}: not a checkpoint of train.py ({type(e).__name__}: {(str(e).splitlines() or [''])[0][:150]})") from e
+        checkpoint = load_tensors(path)
+    except ValueError as e:
+        raise ValueError(f"{e}. Expected a checkpoint of train.py") from e
+    found = list(map(str, checkpoint)) if isinstance(checkpoint, dict) else [type(checkpoint).__name__]
+    missing = [k for k in needs if k not in found]
+    if missing:
+        raise ValueError(f"{path}: not a checkpoint of train.py, it lacks {', '.join(missing)}; found {', '.join(found[:5])}" + (" ..." if len(found) > 5 else ""))
+    if not isinstance(checkpoint["model"], dict) or not all(map(torch.is_tensor, checkpoint["model"].values())):
+        raise ValueError(f"{path}: not a checkpoint of train.py, its entry model is not tensors by name")
     return checkpoint
+
+
+def build_trained(checkpoint, path):
+    """The model of a checkpoint. Raises ValueError naming the file where its weights and its configuration are not one model's."""
+    try:
+        model = STDFormer(ModelConfig(**checkpoint["model_config"]))
+        model.load_state_dict(checkpoint["model"])
+    except Exception as e:                              # each of the three steps has its own kinds
+        raise ValueError(f"{path}: not a checkpoint of this train.py, its weights and model_config make no model "
+                         f"({type(e).__name__}: {' '.join(str(e).split())[:200]})") from e
+    return model
 
 
 def ignore_interrupt(worker):
@@ -107,11 +123,12 @@ def predict(model, views, device, precision="fp32", mean=data.CLIP_MEAN, std=dat
 
 
 def evaluate(model, dataset, device, rank=0, world=1, batch_size=8, workers=0, precision="fp32", mean=data.CLIP_MEAN, std=data.CLIP_STD,
-             timeout=600):
+             timeout=600, asked_to_stop=None):
     """Score a VideoDataset made for evaluation. Returns top1, top5 (percent), clips and, on rank 0, rows.
 
     Ranks take every world-th clip, so nothing is padded or counted twice; integer counts are summed and divided once. Clips on
     the skip list count as wrong. rows: a list of (index, label, top-5 classes, their probabilities). Leaves the model in eval mode.
+    asked_to_stop: a list that a signal fills; a rank that was asked leaves early, and all of them return None.
     """
     mine = torch.utils.data.Subset(dataset, range(rank, len(dataset), world))
     loader = torch.utils.data.DataLoader(mine, batch_size=batch_size, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupt,
@@ -119,8 +136,16 @@ def evaluate(model, dataset, device, rank=0, world=1, batch_size=8, workers=0, p
     model.eval()
     rows = []
     for views, label, index in data.progress(loader, desc="evaluating", leave=False) if rank == 0 else loader:
+        if asked_to_stop:
+            break
         probability, top = predict(model, views, device, precision, mean, std).cpu().topk(min(5, len(dataset.classes)))
         rows += zip(index.tolist(), label.tolist(), top.tolist(), probability.tolist())
+    if asked_to_stop is not None:
+        stopped = torch.tensor(len(asked_to_stop), device=device)
+        if world > 1:
+            dist.all_reduce(stopped)
+        if stopped:
+            return None
     counts = torch.tensor([sum(label == top[0] for _, label, top, _ in rows), sum(label in top for _, label, top, _ in rows), len(rows)], device=device)
     if world > 1:
         dist.all_reduce(counts)
@@ -207,6 +232,25 @@ def write_report(folder, rows, classes):
     print(f"{folder}: per_class.csv, confused.csv and confusion.png written")
 
 
+def check_args(args):
+    """Refuse flags that cannot work, alone or together, before any file is touched. Raises ValueError naming flag, found and expected."""
+    a, alone = args, "to be left out with --video, which prints the top 5 and stops"
+    for flag, fine, expected in [
+        ("clips", a.clips >= 1, "1 or more"),
+        ("batch_size", a.batch_size >= 1, "1 or more"),
+        ("workers", a.workers >= 0, "0 or more"),
+        ("skip_list", not a.skip_list or os.path.isfile(a.skip_list), "a file that is there"),
+        ("data_root", not a.data_root or os.path.isdir(a.data_root), "the folder of a data set"),
+        ("save", not a.save or not os.path.isdir(a.save), "the name of a file"),
+        ("report", not a.report or os.path.isdir(a.report) or not os.path.exists(a.report), "a folder, or a name for a new one"),
+        *((flag, not a.video or getattr(a, flag) is None, alone) for flag in ("save", "report", "dataset", "data_root", "skip_list", "control")),
+        ("split", not a.video or a.split == "validation", alone),
+        ("video", not a.video or os.environ.get("WORLD_SIZE", "1") == "1", "one process: start evaluate.py without torchrun"),
+    ]:
+        if not fine:
+            raise ValueError(f"--{flag} {getattr(args, flag)}: expected {expected}")
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--ckpt", required=True, help="checkpoint of train.py, best.pt or last.pt")
@@ -226,14 +270,13 @@ def main(argv=None):
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="auto takes the first that is there")
     p.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="fp32 for numbers to report; bf16 is faster on GPUs")
     args = p.parse_args(argv)
+    check_args(args)
 
     rank, world = setup_processes(args.device)
     device = pick_device(args.device)
-    checkpoint = load_checkpoint(args.ckpt)
+    checkpoint = load_checkpoint(args.ckpt, ("model", "model_config", "classes", "mean", "std", "args"))
     trained = checkpoint["args"]
-    model = STDFormer(ModelConfig(**checkpoint["model_config"]))
-    model.load_state_dict(checkpoint["model"])
-    model.to(device).eval()
+    model = build_trained(checkpoint, args.ckpt).to(device).eval()
     c, classes, mean, std = model.config, checkpoint["classes"], checkpoint["mean"], checkpoint["std"]
 
     if args.video:
@@ -254,16 +297,20 @@ def main(argv=None):
     if dataset.classes != classes:
         raise ValueError(f"--data_root: its {len(dataset.classes)} classes are not the {len(classes)} of the checkpoint; only there: "
                          f"{sorted(set(dataset.classes) - set(classes))[:3]}, missing: {sorted(set(classes) - set(dataset.classes))[:3]}")
+    labelled = bool((dataset.labels >= 0).all())
+    if args.report and not labelled:
+        raise ValueError(f"--report {args.report}: expected a split with labels, {args.split} of {root} has none; --save FILE.csv keeps the predictions")
     result = evaluate(model, dataset, device, rank, world, args.batch_size, args.workers, args.precision, mean, std, args.timeout)
     if rank == 0:
-        rows, labelled = result["rows"], bool((dataset.labels >= 0).all())
-        if args.save:
-            write_csv(args.save, rows, dataset.ids, classes)
-            print(f"{args.save}: {len(rows)} predictions written")
-        if args.report and labelled:
-            write_report(args.report, rows, classes)
-        elif args.report:
-            print(f"--report {args.report}: not written, this split has no labels")
+        rows, not_written = result["rows"], None
+        try:
+            if args.save:
+                write_csv(args.save, rows, dataset.ids, classes)
+                print(f"{args.save}: {len(rows)} predictions written")
+            if args.report:
+                write_report(args.report, rows, classes)
+        except OSError as e:                            # the accuracy is printed all the same
+            not_written = OSError(f"{e.filename or args.save or args.report}: could not be written ({e.strerror or e}); the numbers above are complete")
         if dataset.skipped:
             print(f"{dataset.skipped} clips of the skip list count as wrong")
         print(f"{args.split} split, {c.num_frames} frames x {args.crops} crops x {args.clips} clips, softmax averaged over the views"
@@ -274,6 +321,8 @@ def main(argv=None):
             if len(classes) == 174 and name in PAPER and args.split == "validation" and dataset.control == "none":
                 print(PAPER[name])
             print(f"top1 {result['top1']:.2f} top5 {result['top5']:.2f} clips {result['clips']} views {c.num_frames}x{args.crops}x{args.clips}")
+        if not_written:
+            raise not_written
     if world > 1:
         dist.destroy_process_group()
 
@@ -282,7 +331,7 @@ if __name__ == "__main__":
     faulthandler.enable()                               # without workers, a decoder that crashes leaves at least a stack trace
     try:
         main()
-    except (ValueError, FileNotFoundError, RuntimeError, data.ClipError) as e:
+    except (ValueError, OSError, RuntimeError, data.ClipError) as e:
         e = data.worker_error(e)
         if isinstance(e, RuntimeError):
             raise

@@ -643,6 +643,37 @@ def resize_positions(positions, grid):
     return torch.cat([positions[:1], p])
 
 
+def load_tensors(path, script=False):
+    """torch.load for a file that nobody vouches for: tensors and plain values only, never code, and all of them whole.
+
+    The CRC sums are compared here because torch.load does not: with one bit flipped it returns other weights without a word.
+    script: take a TorchScript archive too, as OpenAI published CLIP. Loading one does run code from the file.
+    Raises ValueError that names the file and says what it is; OSError where it cannot be opened.
+    """
+    with open(path, "rb") as f:
+        start, size = f.read(24), f.seek(0, 2)
+    try:
+        names = []
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                names, damaged = archive.namelist(), archive.testzip()
+            if damaged:
+                raise ValueError(f"the CRC of {damaged} is wrong")
+        with warnings.catch_warnings():                 # TorchScript is deprecated
+            warnings.simplefilter("ignore")
+            if script and any("/code/" in n for n in names):
+                return torch.jit.load(path, map_location="cpu").state_dict()
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:                              # zipfile and torch raise many kinds
+        if isinstance(e, pickle.UnpicklingError) and start.startswith((b"PK", b"\x80")):
+            found = "it holds more than tensors and plain values, which could run code when read"
+        elif start.startswith(b"PK"):
+            found = f"a file of PyTorch that is damaged or cut off ({(str(e).splitlines() or [''])[0][:100]})"
+        else:
+            found = f"not a file that PyTorch wrote; its {size} bytes begin with {start!r}"
+        raise ValueError(f"{path}: {found}") from e
+
+
 def read_clip_weights(source, model):
     """The image tower of a CLIP checkpoint, as {CLIP's name: float32 tensor}, its `visual.` prefix removed."""
     c = model.config
@@ -658,18 +689,14 @@ def read_clip_weights(source, model):
                                f"{open_clip.get_pretrained_url(name, 'openai')} and pass it here as --clip FILE") from e
     elif str(source).endswith(".safetensors"):
         from safetensors.torch import load_file
-        state = load_file(source)
-    elif zipfile.is_zipfile(source) and any("/code/" in n for n in zipfile.ZipFile(source).namelist()):
-        with warnings.catch_warnings():                 # TorchScript is deprecated, but it is what OpenAI published
-            warnings.simplefilter("ignore")
-            state = torch.jit.load(source, map_location="cpu").state_dict()
-    else:
         try:
-            state = torch.load(source, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
-            raise ValueError(f"--clip {source}: not a file that PyTorch wrote ({type(e).__name__})") from e
-        state = state.get("state_dict", state)          # open_clip's training checkpoints
-    state = {k.removeprefix("module."): v for k, v in state.items()}
+            state = load_file(source)
+        except Exception as e:                          # its own kind
+            raise ValueError(f"--clip {source}: not a whole safetensors file ({e})") from e
+    else:
+        state = load_tensors(source, script=True)
+        state = state.get("state_dict", state) if isinstance(state, dict) else {}       # open_clip's training checkpoints
+    state = {str(k).removeprefix("module."): v for k, v in state.items()}
     if any(k.startswith("visual.") for k in state):     # a whole CLIP: drop the text tower
         state = {k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")}
     state.pop("proj", None)                             # CLIP's projection to the text space; our head replaces it

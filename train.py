@@ -5,7 +5,7 @@
     python train.py --dataset ssv2 --data_root DIR --dry_run   # five steps: time and peak memory
 
 Everything random follows from --seed: samples from (seed, epoch, clip), dropout from (seed, step, rank). So a run that was
-stopped and resumed is, on a CPU, the same run to the last bit, with any number of data workers.
+stopped or killed and resumed is, on a CPU, the same run to the last bit, log included, with any number of data workers.
 """
 import argparse
 import faulthandler
@@ -13,11 +13,12 @@ import json
 import math
 import os
 import platform
+import shutil
 import signal
 import sys
 import textwrap
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,8 +32,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 import data
-from evaluate import autocast, evaluate, ignore_interrupt, kill_workers, load_checkpoint, pick_device, setup_processes
-from model import add_model_flags, build_model, is_clip_parameter, load_clip, model_overrides, resize_positions
+from evaluate import autocast, build_trained, evaluate, ignore_interrupt, kill_workers, load_checkpoint, pick_device, setup_processes
+from model import MODELS, ModelConfig, add_model_flags, build_model, is_clip_parameter, load_clip, model_overrides, resize_positions
 
 # ----------------------------------------------------------------------------------------------------
 # Configuration
@@ -62,7 +63,7 @@ def get_args(argv=None):
     p.add_argument("--recipe", choices=list(RECIPES), help="whose defaults to take (default: paper for ssv1 and ssv2); toy trains the tiny model from scratch, on any data")
     p.add_argument("--data_root", help="folder of the data set (default: datasets/DATASET)")
     p.add_argument("--out_dir", help="checkpoints and logs go here (default: out/DATASET); must be new or empty without --resume")
-    p.add_argument("--resume", action="store_true", help="go on from OUT_DIR/last.pt; by itself under a torchrun restart")
+    p.add_argument("--resume", action="store_true", help="go on from OUT_DIR/last.pt (from the start where the run was killed before its first); by itself under a torchrun restart")
     p.add_argument("--init_from", metavar="CHECKPOINT", help="start from the weights of another run; the head is new where the classes differ")
     p.add_argument("--clip", metavar="openai|FILE|none", help="CLIP weights to start from; a FILE where there is no internet (OpenAI's .pt, open_clip's .pt/.bin/.safetensors) (default: %(default)s)")
     p.add_argument("--skip_list", metavar="FILE", help="clip ids to leave out, one per line (data.py check writes it); validation counts them as wrong")
@@ -108,6 +109,58 @@ def get_args(argv=None):
     assert not unknown, f"recipe keys that are no flags: {unknown}"
     p.set_defaults(recipe=recipe, data_root=f"datasets/{known.dataset}", out_dir=f"out/{known.dataset}", **RECIPES[recipe])
     return p.parse_args(argv)
+
+
+def check_args(args):
+    """Refuse flags that cannot work, alone or together, before any file is touched. Raises ValueError naming flag, found and expected."""
+    a, world = args, int(os.environ.get("WORLD_SIZE", 1))
+
+    def check(table):
+        for flag, fine, expected in table:
+            if not fine:
+                raise ValueError(f"--{flag} {getattr(args, flag)}: expected {expected}")
+
+    check((flag, math.isfinite(value), "a number") for flag, value in vars(args).items() if isinstance(value, float))
+    check([
+        ("epochs", a.epochs >= 1, "1 or more"),
+        ("warmup_epochs", 0 <= a.warmup_epochs <= a.epochs, f"0 to the {a.epochs} of --epochs"),
+        ("batch_size", a.batch_size >= 1, "1 or more"),
+        ("micro_batch", a.micro_batch is None or a.micro_batch >= 1, "1 or more"),
+        ("workers", a.workers is None or a.workers >= 0, "0 or more"),
+        ("lr", a.lr >= 0, "0 or more"),
+        ("min_lr", 0 <= a.min_lr <= a.lr, f"0 to the {a.lr} of --lr"),
+        ("clip_lr_scale", a.clip_lr_scale >= 0, "0 or more"),
+        ("weight_decay", a.weight_decay >= 0, "0 or more"),
+        ("grad_clip", a.grad_clip >= 0, "0 (no limit) or more"),
+        ("label_smoothing", 0 <= a.label_smoothing < 1, "0 to below 1"),
+        ("mixup", a.mixup >= 0, "0 (off) or more"),
+        ("cutmix", a.cutmix >= 0, "0 (off) or more"),
+        ("crop_scale", 0 < a.crop_scale <= 1, "a share of the picture, above 0 and at most 1"),
+        ("randaugment", 0 <= a.randaugment <= 30, "0 (off) to 30"),
+        ("seed", a.seed >= 0, "0 or more"),
+        ("log_every", a.log_every >= 1, "1 or more"),
+        ("eval_every", a.eval_every >= 1, "1 or more"),
+        ("save_minutes", a.save_minutes >= 0, "0 (after each step) or more"),
+        ("max_steps", a.max_steps is None or a.max_steps >= 1, "1 or more"),
+    ])
+    local = a.batch_size // world
+    check([
+        ("batch_size", a.batch_size % world == 0, f"a multiple of the {world} processes"),
+        ("micro_batch", not a.micro_batch or local % a.micro_batch == 0, f"a divisor of the {local} clips that each process has per step"),
+        ("mixup", not a.mixup or local > 1, f"0: with {local} clip per process there is none to mix it with"),
+        ("cutmix", not a.cutmix or local > 1, f"0: with {local} clip per process there is none to mix it with"),
+        ("max_steps", a.max_steps is None or not a.dry_run, "to be left out with --dry_run, which takes five"),
+        ("clip", a.clip in ("openai", "none") or os.path.isfile(a.clip), "openai, none or a file that is there"),
+        ("init_from", not a.init_from or os.path.isfile(a.init_from), "a checkpoint file that is there"),
+        ("init_from", not a.init_from or a.clip in ("openai", "none"), f"to be left out with --clip {a.clip}, for a run starts from one of them"),
+        ("freeze_clip", not a.freeze_clip or a.clip != "none" or a.init_from or a.resume, "--clip or --init_from beside it: with --clip none this would freeze random weights"),
+        ("freeze_clip", not a.freeze_clip or a.clip_lr_scale == 1, f"to be left out with --clip_lr_scale {a.clip_lr_scale}: what is frozen has no learning rate"),
+        ("skip_list", not a.skip_list or os.path.isfile(a.skip_list), "a file that is there"),
+        ("data_root", os.path.isdir(a.data_root) or a.dataset == "toy" and not os.path.exists(a.data_root), "the folder of the data set"),
+        ("out_dir", os.path.isdir(a.out_dir) or not os.path.exists(a.out_dir), "a folder, or a name for a new one"),
+        ("out_dir", os.path.abspath(a.out_dir) != os.path.abspath(a.data_root), "another folder than --data_root"),
+    ])
+    ModelConfig(**{**MODELS[args.model], **model_overrides(args)})              # refuses impossible models
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -168,16 +221,47 @@ class StepSampler(torch.utils.data.Sampler):
             yield [(epoch, int(i)) for i in batch[self.rank::self.world]]
 
 
+def not_written(path, error):
+    """The one line for a file that could not be written: which, why, how much room is left, what to do."""
+    folder = Path(path).parent
+    room = f"{shutil.disk_usage(folder).free / 2 ** 30:.2f} GiB free there" if folder.is_dir() else "its folder is gone"
+    why = getattr(error, "strerror", None) or "torch.save: " + str(error).splitlines()[0]
+    return OSError(f"{path}: could not be written ({why}; {room}). Checkpoints written before are whole: see to space and rights, then go on with --resume")
+
+
+@contextmanager
+def replacing(path):
+    """Write beside `path` (to the path that is given), then rename: a crash leaves the old file or the new one, never half of one.
+
+    fsync brings the bytes to the disk before the name: else a power cut may leave the new name on an empty file. Raises OSError,
+    with the half-written file removed, so that the disk has its space again.
+    """
+    beside = Path(f"{path}.tmp")
+    try:
+        yield beside
+        with open(beside, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as e:                # torch.save raises RuntimeError where the disk is full
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise not_written(path, e) from e
+
+
+# What a run needs to go on exactly: weights, optimizer, scaler; where it stands; the open row of the log.
+CHECKPOINT = ("model", "optimizer", "scaler", "epoch", "step", "step_in_epoch", "best", "validated", "window", "model_config", "classes", "mean", "std", "args")
+
+
 def save_checkpoint(path, checkpoint):
-    """Write beside it, then rename: a crash leaves the old file or the new one, never half of one."""
-    torch.save(checkpoint, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    with replacing(path) as beside:
+        torch.save(checkpoint, beside)
 
 
 def init_from(model, checkpoint, path, classes):
     """Copy another run's weights; positions are resized, the head stays new where the classes differ."""
     state = dict(checkpoint["model"])
-    state["positional_embedding"] = resize_positions(state["positional_embedding"], model.grid)
+    if "positional_embedding" in state:
+        state["positional_embedding"] = resize_positions(state["positional_embedding"], model.grid)
     if checkpoint["classes"] != classes:
         state.update({k: v for k, v in model.state_dict().items() if k.startswith("head.")})
     own = model.state_dict()
@@ -189,12 +273,16 @@ def init_from(model, checkpoint, path, classes):
     model.load_state_dict(state)
 
 
-def cut_log(path, step):
-    """Drop the lines of log.jsonl beyond a checkpoint's step: the resumed run writes them again."""
+def cut_log(path, step, validated=math.inf):
+    """Drop the lines of log.jsonl beyond a checkpoint's step, or half written: the resumed run writes them again.
+
+    validated: the step of the checkpoint's last validation; one behind it is repeated too.
+    """
     if path.is_file():
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
-        path.with_suffix(".tmp").write_text("".join(line + "\n" for line in lines))
-        os.replace(path.with_suffix(".tmp"), path)
+        lines = [line for line in path.read_text(errors="replace").splitlines() if line.startswith("{") and line.endswith("}")]
+        rows = [(line, json.loads(line)) for line in lines]
+        with replacing(path) as beside:
+            beside.write_text("".join(line + "\n" for line, row in rows if row["step"] <= (step if row["kind"] == "train" else min(step, validated))))
 
 
 def launched_by():
@@ -225,7 +313,8 @@ def draw_curves(out_dir):
         axis.grid(alpha=0.3)
         if points[0][2] and evals:
             axis.legend(fontsize=9, frameon=False, loc="lower right")
-    figure.savefig(out_dir / "curves.png")
+    with replacing(out_dir / "curves.png") as beside:
+        figure.savefig(beside, format="png")
 
 
 def memory_gib(device):
@@ -259,6 +348,7 @@ def check_resume(checkpoint, path, args, config, classes):
 
 def main(argv=None):
     args = get_args(argv)
+    check_args(args)
 
     # ===== processes and device =====
     rank, world = setup_processes(args.device)
@@ -273,28 +363,31 @@ def main(argv=None):
         args.workers = min(8, per_process) if cores > 1 else 0
     if args.precision == "auto":
         args.precision = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if args.batch_size % world:
-        raise ValueError(f"--batch_size {args.batch_size}: must be divisible by the {world} processes")
     local_batch = args.batch_size // world
     micro = args.micro_batch or local_batch
-    if local_batch % micro:
-        raise ValueError(f"--micro_batch {micro}: must divide the {local_batch} clips that each process has per step")
 
     # ===== files =====
     out_dir = Path(args.out_dir)
-    last = out_dir / "last.pt"
+    last, config_file = out_dir / "last.pt", out_dir / "config.json"
     restarts = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device=device)
     if world > 1:
         dist.all_reduce(restarts, dist.ReduceOp.MAX)    # only the node that failed counts its restart
-    ours = bool(restarts) and (out_dir / "config.json").is_file() and data.read_json(out_dir / "config.json").get("launcher") == launched_by()
-    resume = torch.tensor(int(args.resume or ours and last.is_file()), device=device)
+    ours = bool(restarts) and config_file.is_file() and data.read_json(config_file).get("launcher") == launched_by()
+    # A run that was killed behind its first validation has best.pt only; one that was killed before, neither: it begins again.
+    resume_from = [None, last, out_dir / "best.pt"]
+    found = next((i for i in (1, 2) if resume_from[i].is_file()), 0)
+    found = torch.tensor(found if args.resume or ours else 0, device=device)
     if world > 1:
-        dist.broadcast(resume, 0)                       # rank 0 writes the files, so its word counts
-    resume = bool(resume)
+        dist.broadcast(found, 0)                        # rank 0 writes the files, so its word counts
+    resume = resume_from[found]
+    if args.resume and not resume and not config_file.is_file():
+        raise FileNotFoundError(f"--resume: {last} not found, nor a run that was begun there; give its --out_dir, or leave out --resume to begin one")
     if master and not args.dry_run:
-        if not resume and not ours and out_dir.exists() and any(out_dir.iterdir()):
+        if not (args.resume or ours) and out_dir.exists() and any(f.suffix != ".tmp" for f in out_dir.iterdir()):
             raise ValueError(f"--out_dir {out_dir}: not empty; --resume goes on from its last.pt, else give a new folder")
         out_dir.mkdir(parents=True, exist_ok=True)
+        for leftover in out_dir.glob("*.tmp"):          # of a process that was killed while it wrote
+            leftover.unlink()
     if args.dataset == "toy" and master:
         data.make_toy(args.data_root)
     if world > 1:
@@ -308,25 +401,21 @@ def main(argv=None):
     config = model.config
     train_set, val_set = make_datasets(args, config)
     steps_per_epoch = len(train_set) // args.batch_size
-    if args.epochs < 1:
-        raise ValueError(f"--epochs {args.epochs}: expected 1 or more")
     if steps_per_epoch == 0:
         raise ValueError(f"--batch_size {args.batch_size}: more than the {len(train_set)} training clips")
     total, warmup = args.epochs * steps_per_epoch, round(args.warmup_epochs * steps_per_epoch)
 
     # ===== model and weights =====
     if resume:
-        checkpoint = load_checkpoint(last)
-        check_resume(checkpoint, last, args, asdict(config), classes)
-        model.load_state_dict(checkpoint["model"])
+        checkpoint = load_checkpoint(resume, needs=CHECKPOINT)
+        check_resume(checkpoint, resume, args, asdict(config), classes)
+        model.load_state_dict(build_trained(checkpoint, resume).state_dict())
     elif args.init_from:
         init_from(model, load_checkpoint(args.init_from), args.init_from, classes)
     elif args.clip != "none" and master:                # DDP sends rank 0's weights to the others
         loaded, new = load_clip(model, args.clip)
         print(f"CLIP weights from {args.clip}: {loaded} tensors loaded, {new} new")
     if args.freeze_clip:
-        if args.clip == "none" and not (args.init_from or resume):
-            raise ValueError("--freeze_clip: with --clip none this would freeze random weights; give --clip or --init_from")
         for name, p in model.named_parameters():
             p.requires_grad = not is_clip_parameter(name, config)
     model.checkpointing = args.checkpointing
@@ -338,27 +427,32 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
 
     # ===== where the run stands =====
-    step, best = 0, -1.0
+    step, best, validated, window = 0, -1.0, 0, []      # window: (loss, gradient norm) of each step since the last row of the log
     if resume:
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        try:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+        except (ValueError, KeyError, TypeError) as e:
+            raise ValueError(f"--resume: {resume} has the optimizer of another run ({e})") from e
         if checkpoint["scaler"] and scaler.is_enabled():
             scaler.load_state_dict(checkpoint["scaler"])
-        step, best = checkpoint["step"], checkpoint["best"]
+        step, best, validated = checkpoint["step"], checkpoint["best"], checkpoint["validated"]
+        window = [torch.tensor(pair, device=device) for pair in checkpoint["window"]]
         if divmod(step, steps_per_epoch) != (checkpoint["epoch"], checkpoint["step_in_epoch"]):
-            raise ValueError(f"--resume: {last} is from another number of training clips ({len(train_set)} now); give it the same data and --skip_list")
+            raise ValueError(f"--resume: {resume} is from another number of training clips ({len(train_set)} now); give it the same data and --skip_list")
         del checkpoint
     if master and not args.dry_run:
-        cut_log(out_dir / "log.jsonl", step)
+        cut_log(out_dir / "log.jsonl", step, validated)
     stop_at = total if args.max_steps is None else min(total, args.max_steps)
     if args.dry_run:
         stop_at = min(total, step + 5)
         if step == total:
-            raise ValueError(f"--dry_run: {last} is the end of its run, no step is left to try")
+            raise ValueError(f"--dry_run: {resume} is the end of its run, no step is left to try")
     if master:
         print(textwrap.fill("  ".join(f"{k}={v}" for k, v in dict(vars(args), **asdict(config)).items()), 120,
                             break_long_words=False, break_on_hyphens=False))
         if not args.dry_run:
-            (out_dir / "config.json").write_text(json.dumps(dict(args=vars(args), model_config=asdict(config), launcher=launched_by()), indent=1) + "\n")
+            with replacing(config_file) as beside:
+                beside.write_text(json.dumps(dict(args=vars(args), model_config=asdict(config), launcher=launched_by()), indent=1) + "\n")
         print(f"{args.dataset}: {len(train_set)} training and {len(val_set)} validation clips, {len(classes)} classes"
               + (f"; {train_set.skipped} + {val_set.skipped} on the skip list" if args.skip_list else ""))
         for i in range(min(3, len(train_set))):
@@ -367,19 +461,25 @@ def main(argv=None):
             print(f"  parameters, {g['name']}: {len(g['params'])} tensors, {sum(p.numel() for p in g['params']) / 1e6:.2f} M, lr x {g['lr_scale']}")
         print(f"global batch {args.batch_size} = {world} processes x {local_batch // micro} micro-batches x {micro} clips at lr {args.lr}; "
               f"{args.epochs} epochs x {steps_per_epoch} steps; {device.type}, {args.precision}" + (f"; resumed at step {step}" if resume else ""))
+        if args.resume and not resume:
+            print(f"--resume: {out_dir} has no checkpoint yet, so the run begins at step 0")
 
     def save(*names):
         if master and not args.dry_run:
             for name in names:
                 save_checkpoint(out_dir / name, dict(
                     model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                    epoch=step // steps_per_epoch, step=step, step_in_epoch=step % steps_per_epoch, best=best,
+                    epoch=step // steps_per_epoch, step=step, step_in_epoch=step % steps_per_epoch, best=best, validated=validated,
+                    window=[pair.tolist() for pair in window],
                     model_config=asdict(config), classes=classes, mean=list(data.CLIP_MEAN), std=list(data.CLIP_STD), args=vars(args)))
 
     def log(**row):
         if master and not args.dry_run:
-            with open(out_dir / "log.jsonl", "a") as f:
-                f.write(json.dumps({k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()}) + "\n")
+            try:
+                with open(out_dir / "log.jsonl", "a") as f:
+                    f.write(json.dumps({k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()}) + "\n")
+            except OSError as e:
+                raise not_written(out_dir / "log.jsonl", e) from e
 
     # ===== wrap and loop =====
     forward = torch.compile(model) if args.compile else model
@@ -397,19 +497,51 @@ def main(argv=None):
     asked_to_stop = []                                  # filled by a signal; the step in progress is finished first
     handlers = {s: signal.signal(s, lambda number, frame: asked_to_stop.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
 
+    def finite(stats):
+        loss, norm, _ = stats.tolist()
+        return math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())             # the scaler skips such steps itself
+
     def read(stats, at_step, lr, index):
         """What all ranks know about a step: raise if it is not finite, return whether anyone was asked to stop."""
-        loss, norm, stop = stats.tolist()
-        if not math.isfinite(loss) or not math.isfinite(norm) and not scaler.is_enabled():      # the scaler skips such steps itself
+        if not finite(stats):
+            loss, norm, _ = stats.tolist()
             clips = ", ".join(train_set.ids[i].decode() for i in index.tolist())
             raise FloatingPointError(f"loss {loss}, gradient norm {norm} at step {at_step}, lr {lr:.2e}; clips on rank {rank}: {clips}. "
                                      "last.pt holds an earlier step. Lower --lr, lengthen --warmup_epochs, or use --precision bf16 or fp32")
-        return stop > 0
+        return bool(stats[2] > 0)
+
+    def validation_due():
+        return step > validated and (step % (steps_per_epoch * args.eval_every) == 0 or step == total) and not args.dry_run
+
+    def validate():
+        """Accuracy at this step to the log, and best.pt. False where anyone was asked to stop meanwhile: the resumed run begins with it."""
+        nonlocal best, validated
+        if world > 1:
+            for buffer in model.buffers():              # BatchNorm's statistics as rank 0 saves them
+                dist.broadcast(buffer, 0)
+        result = evaluate(model, val_set, device, rank, world, batch_size=4 * micro, workers=args.workers, precision=args.precision,
+                          timeout=args.timeout, asked_to_stop=asked_to_stop)
+        model.train()
+        if result is None:
+            return False
+        validated = step
+        log(kind="eval", step=step, epoch=step // steps_per_epoch, top1=result["top1"], top5=result["top5"], clips=result["clips"])
+        if result["top1"] > best:
+            best = result["top1"]
+            save("best.pt")
+        if master:
+            say(f"epoch {step // steps_per_epoch:3d}  validation, one centre view: top1 {result['top1']:.2f} top5 {result['top5']:.2f} "
+                f"clips {result['clips']}  best {best:.2f}")
+            draw_curves(out_dir)
+        return True
 
     bar = data.progress(None, total=stop_at, initial=step, unit=" steps") if master else None
     say = print if bar is None else bar.write
-    losses, waited, before, since, saved = [], 0.0, None, time.perf_counter(), time.time()
-    stopped = False
+    stopped, saved, before = False, time.time(), None
+    if validation_due():                                # the run was stopped in front of it
+        stopped = not validate()
+        save("last.pt")
+    timed, waited, since = 0, 0.0, time.perf_counter()
     model.train()
     while step < stop_at and not stopped:
         lr = get_lr(step, total, warmup, args.lr, args.min_lr)
@@ -451,43 +583,40 @@ def main(argv=None):
         if before:                                      # the step before is long done: reading it does not stall the GPU
             stopped = read(*before)
         before = (stats, step, lr, index)
-        losses.append(stats[0])
-        step += 1
+        window.append(stats[:2])
+        step, timed = step + 1, timed + 1
         if bar is not None:
             bar.update()
 
         epoch_end = step % steps_per_epoch == 0
-        if step % args.log_every == 0 or epoch_end or step == stop_at:
+        row_due = step % args.log_every == 0 or epoch_end
+        if row_due or step == stop_at:
             stopped = read(*before) or stopped
-            seconds = time.perf_counter() - since
-            row = dict(step=step, epoch=round(step / steps_per_epoch, 4), loss=torch.stack(losses).mean().item(), lr=lr, grad_norm=grad_norm.item(),
-                       clips_per_s=len(losses) * args.batch_size / seconds, data_wait=waited / seconds, memory_gib=memory_gib(device))
-            log(kind="train", **row)
+            seconds, steps = time.perf_counter() - since, torch.stack(window)
+            row = dict(step=step, epoch=round(step / steps_per_epoch, 4), loss=steps[:, 0].mean().item(), lr=lr, grad_norm=grad_norm.item(),
+                       clips_per_s=timed * args.batch_size / seconds, data_wait=waited / seconds, memory_gib=memory_gib(device))
+            if scaler.is_enabled():
+                row["skipped"] = int((~steps[:, 1].isfinite()).sum())           # steps that overflowed, which the scaler leaves out
             if master:
                 say(f"epoch {row['epoch']:6.2f}  step {step}/{total}  loss {row['loss']:.4f}  lr {lr:.2e}  grad {row['grad_norm']:.2f}  "
-                    f"{row['clips_per_s']:.3g} clips/s  data {row['data_wait']:.0%}  {row['memory_gib']:.2f} GiB")
-            losses, waited, since = [], 0.0, time.perf_counter()
+                    f"{row['clips_per_s']:.3g} clips/s  data {row['data_wait']:.0%}  {row['memory_gib']:.2f} GiB"
+                    + (f"  skipped {row['skipped']}" if row.get("skipped") else ""))
+            if row_due:                                 # a mere stop leaves no row: the resumed run writes it where it belongs
+                log(kind="train", **row)
+                window = []
+            timed, waited, since = 0, 0.0, time.perf_counter()
         if args.dry_run:
             if stop_at - step == 3:                     # the first steps start workers, pick kernels, compile
-                losses, waited, since = [], 0.0, time.perf_counter()
+                timed, waited, since = 0, 0.0, time.perf_counter()
             continue
-        if epoch_end and ((step // steps_per_epoch) % args.eval_every == 0 or step == total):
-            if world > 1:
-                for buffer in model.buffers():          # BatchNorm's statistics as rank 0 saves them
-                    dist.broadcast(buffer, 0)
-            result = evaluate(model, val_set, device, rank, world, batch_size=4 * micro, workers=args.workers, precision=args.precision, timeout=args.timeout)
-            log(kind="eval", step=step, epoch=step // steps_per_epoch, top1=result["top1"], top5=result["top5"], clips=result["clips"])
-            if result["top1"] > best:
-                best = result["top1"]
-                save("best.pt")
-            if master:
-                say(f"epoch {step // steps_per_epoch:3d}  validation, one centre view: top1 {result['top1']:.2f} top5 {result['top5']:.2f} "
-                    f"clips {result['clips']}  best {best:.2f}")
-                draw_curves(out_dir)
-            model.train()
+        if validation_due() and not stopped:
+            stopped = not validate()
             since = time.perf_counter()
-        if epoch_end or time.time() - saved > 60 * args.save_minutes or stopped or step == stop_at:
+        if epoch_end or stopped or step == stop_at:
             read(*before)                               # never save a step that is not finite
+            save("last.pt")
+            saved = time.time()
+        elif master and time.time() - saved > 60 * args.save_minutes and finite(stats):         # else all ranks stop together in the next step
             save("last.pt")
             saved = time.time()
 
@@ -498,7 +627,7 @@ def main(argv=None):
         signal.signal(number, handler)
     if master and args.dry_run:
         print(f"dry run: {row['clips_per_s']:.3g} clips/s, peak memory {memory_gib(device):.2f} GiB; nothing was written")
-    elif master and step < total:
+    elif master and (step < total or validation_due()):
         print(f"stopped after step {step} of {total}; the same command with --resume goes on from {last}")
     elif master:
         print(f"done: best top1 {best:.2f}. The test protocol, 3 crops: python evaluate.py --ckpt {out_dir / 'best.pt'}")
@@ -510,7 +639,7 @@ if __name__ == "__main__":
     faulthandler.enable()                               # without workers, a decoder that crashes leaves at least a stack trace
     try:
         main()
-    except (ValueError, FileNotFoundError, ConnectionError, FloatingPointError, RuntimeError, data.ClipError) as e:
+    except (ValueError, OSError, FloatingPointError, RuntimeError, data.ClipError) as e:
         e = data.worker_error(e)
         if isinstance(e, RuntimeError):
             raise

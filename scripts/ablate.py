@@ -168,7 +168,7 @@ class Run:
         """Train (or go on), evaluate, write the result. Returns what went wrong, "" for nothing."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         said = self.folder.with_suffix(".txt")
-        for command, end in (self.train + ["--resume"] * (self.folder / "last.pt").is_file(), "done: .*"), (self.evaluate, r"top1 ([\d.]+) top5 ([\d.]+) clips .*"):
+        for command, end in (self.train + ["--resume"] * (self.folder / "config.json").is_file(), "done: .*"), (self.evaluate, r"top1 ([\d.]+) top5 ([\d.]+) clips .*"):
             output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace").stdout
             with open(said, "a") as f:
                 f.write(output)

@@ -166,16 +166,13 @@ def main(argv):
     if len(argv) < 2 or argv[0] not in VARIANTS or argv[1] not in ("train", "evaluate"):
         sys.exit(f"usage: python scripts/variants.py {'|'.join(VARIANTS)} train|evaluate FLAGS\n\n{__doc__}")
     variant, program, *flags = argv
-    if program == "train":
-        train.build_model = functools.partial(build, variant)
-        train.main(flags)
-    else:
-        evaluate.STDFormer = VARIANTS[variant]
-        evaluate.main(flags)
+    train.build_model = functools.partial(build, variant)
+    evaluate.STDFormer = VARIANTS[variant]              # of checkpoints
+    (train if program == "train" else evaluate).main(flags)
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ValueError, FileNotFoundError, FloatingPointError, data.ClipError) as e:
+    except (ValueError, OSError, FloatingPointError, data.ClipError) as e:
         sys.exit(f"variants.py: {data.reason(e)}")

@@ -24,7 +24,7 @@ from model import build_model
 
 CLASSES = ["Pulling something from left to right", "Pulling something from right to left", "Showing something, then hiding it"]
 TIMING = ("clips_per_s", "data_wait", "memory_gib")     # of a log row; they differ from run to run
-DOCUMENTED = {"model", "optimizer", "scaler", "epoch", "step", "step_in_epoch", "best", "model_config", "classes", "mean", "std", "args"}
+DOCUMENTED = {"model", "optimizer", "scaler", "epoch", "step", "step_in_epoch", "best", "validated", "window", "model_config", "classes", "mean", "std", "args"}
 SMALL = ("--dataset ssv1 --clip none --model tiny --dim 32 --depth 2 --heads 2 --num_frames 4 --image_size 16 --patch_size 8 --epochs 2 "
          "--warmup_epochs 0.5 --batch_size 4 --lr 1e-3 --randaugment 0 --crop_scale 0.5 --workers 0 --device cpu --log_every 1").split()
 PLAIN = "--drop_path 0 --ctm_drop_path 0 --ctm_dropout 0 --head_dropout 0".split()                     # no dropout of any kind
