@@ -605,7 +605,7 @@ def main():
     }
     with contextlib.suppress(ImportError):
         import fuzz                                     # broken videos and annotations: scripts/fuzz.py
-        kinds["fuzz"] = [lambda folder: fuzz.run(folder / "fuzz", seed=args.seed)]
+        kinds["fuzz"] = [lambda folder: fuzz.run(folder / "fuzz", seed=args.seed)[0]]
     for kind in args.only or ():
         if kind not in kinds:
             p.error(f"--only {kind}: expected some of {' '.join(kinds)}")
