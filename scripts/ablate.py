@@ -38,7 +38,7 @@ from variants import VARIANTS
 CTM_ONLY = "--ptm_layers --stdm_layers --smem_layers"
 CTM_PTM = "--stdm_layers --smem_layers"
 CTM_SMEM = "--ptm_layers --stdm_layers"
-DIFFICULTIES = (0, 0.25, 0.5, 1)
+DIFFICULTIES = (0, 0.5, 1)
 
 
 def make_tables(dataset, depth):
@@ -174,7 +174,8 @@ class Run:
                 f.write(output)
             found = re.search(f"^{end}$", output, re.MULTILINE)
             if not found:                               # failed, or stopped by Ctrl-C: then there is nothing to evaluate yet
-                return f"{self.folder}: {(output.strip().splitlines() or ['nothing was printed'])[-1]} (all of it: {said})"
+                lines = output.strip().splitlines() or ["nothing was printed"]
+                return f"{self.folder}: {next((line for line in lines if re.match(r'(train|evaluate|variants).py: ', line)), lines[-1])} (all of it: {said})"
         result = dict(top1=float(found[1]), top5=float(found[2]), line=found[0], command=printable(self.train))
         self.result_file.with_suffix(".tmp").write_text(json.dumps(result, indent=1) + "\n")
         os.replace(self.result_file.with_suffix(".tmp"), self.result_file)
@@ -251,7 +252,7 @@ def draw_table(path, title, rows):
         axis.errorbar(statistics.mean(values), y, xerr=deviation, fmt="|", color="#0072B2", capsize=4, markersize=12)
         axis.plot(values, [y] * len(values), "o", color="#D55E00", markersize=4, alpha=0.7)
     axis.set_yticks(range(len(rows)), [label for label, _ in rows])
-    axis.set(xlabel="top-1, % (dots: seeds; bar: mean and one standard deviation)", title=title, ylim=(len(rows) - 0.5, -0.5))
+    axis.set(xlabel="top-1, % (dots: seeds; bar: mean and one standard deviation)", title=title, ylim=(max(len(rows), 1) - 0.5, -0.5))
     axis.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=110)
 
