@@ -289,6 +289,7 @@ def main(argv=None):
     p.add_argument("--jobs", type=int, help="rows at a time (default: as many as there are GPUs for, or CPU cores). One GPU has room for several tiny models")
     p.add_argument("--gpus_per_run", type=int, default=1, help="processes (torchrun) of each row; 4 for b16 as in the paper")
     p.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
+    p.add_argument("--report_only", action="store_true", help="run nothing, write tables and plots of what is finished, for instance while another process runs the rows")
     p.add_argument("train_flags", nargs="*", metavar="-- FLAGS", help="for every row's train.py, behind --")
     args = p.parse_args(argv)
     args.data_root = (args.data_root or f"datasets/{args.dataset}").rstrip("/")
@@ -309,7 +310,7 @@ def main(argv=None):
         for run in {run.folder: run for run in runs}.values():
             print(f"{printable(run.train)}\n{printable(run.evaluate)}")
         return 0
-    errors = run_all(runs, args)
+    errors = [] if args.report_only else run_all(runs, args)
     for table, (title, base, rows) in wanted.items():
         stem = Path(args.out_dir) / args.dataset / (f"table{table}" if table.isdecimal() else table)
         write_table(stem.with_suffix(".md"), f"Table {table}: {title}" if table.isdecimal() else title, base, rows, args)

@@ -91,6 +91,8 @@ def test_rows_are_trained_once_and_tabled(toy, tmp_path, capfd, monkeypatch):
     assert f"| STD-Former | 57.3 / 84.4 | {ablate.spread(scores)} |" in table and "| UniFormerV2-B | 56.8 / 84.2 |" in table
 
     monkeypatch.chdir(ROOT)                                                    # commands are printed by their path from here
+    (tmp_path / "toy" / "table1.md").unlink()
+    assert ablate.main(["--report_only"] + flags) == 0 and (tmp_path / "toy" / "table1.md").read_text() == table
     assert ablate.main(flags) == 0                                       # nothing is left to do
     assert "train.py --dataset" not in capfd.readouterr().out and (tmp_path / "toy" / "table1.md").read_text() == table
     with pytest.raises(ValueError, match="was run as"):                  # other flags are another run, not these results
