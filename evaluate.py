@@ -39,7 +39,12 @@ def setup_processes(device="auto"):
     if "RANK" not in os.environ:
         return 0, 1
     one_gpu_each = torch.cuda.is_available() and int(os.environ["LOCAL_WORLD_SIZE"]) <= torch.cuda.device_count()
-    dist.init_process_group("nccl" if device in ("auto", "cuda") and one_gpu_each else "gloo", timeout=timedelta(minutes=30))
+    rendezvous, attempt = {}, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if attempt and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["GROUP_WORLD_SIZE"] == "1":
+        # torchrun restarts its ranks with the same store, in which they would find each other's dead addresses (torch 2.15 then hangs)
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        rendezvous = dict(store=dist.PrefixStore(f"attempt {attempt}", store), rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+    dist.init_process_group("nccl" if device in ("auto", "cuda") and one_gpu_each else "gloo", timeout=timedelta(minutes=30), **rendezvous)
     return dist.get_rank(), dist.get_world_size()
 
 

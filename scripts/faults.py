@@ -15,6 +15,7 @@ import json
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -257,13 +258,13 @@ def told(found):
     return ": " + "; ".join(" ".join(f.split()) for f in found) if found else ""
 
 
-def kill_a_rank(folder, kills=4, seed=0):
+def kill_a_rank(folder, kills=4, seed=0, standalone=False):
     """torchrun with two ranks and --max_restarts; one rank, drawn at random, gets SIGKILL, `kills` times. Nobody starts anything again."""
-    expected, out, rng = undisturbed(folder, ranks=2), folder / "rank_killed", random.Random(seed)
+    expected, out, rng = undisturbed(folder, ranks=2), folder / f"rank_killed{standalone}", random.Random(seed)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    agent = start(["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", f"--max_restarts={kills}", *command(folder, out)])
+        meeting = "--standalone" if standalone else f"--master_port={s.getsockname()[1]}"
+    agent = start(["-m", "torch.distributed.run", "--nproc_per_node=2", meeting, f"--max_restarts={kills}", *command(folder, out)])
     killed, seen = 0, set()
     while killed < kills:
         sign = changes(out / "last.pt")
@@ -276,8 +277,9 @@ def kill_a_rank(folder, kills=4, seed=0):
             seen |= set(ranks)
             killed += 1
     code, printed = finish(agent)
-    found = [f"torchrun ended with {code}: {printed[-300:]}"] if code else differences(out, expected)
-    yield (f"SIGKILL of one of two ranks under `torchrun --max_restarts={kills}`", killed,
+    reasons = [line for line in printed.splitlines() if "train.py: " in line or re.match(r"(\[rank\d\]: )?[\w.]*Error", line)]
+    found = [f"torchrun ended with {code}: {' | '.join(reasons)}"] if code else differences(out, expected)
+    yield (f"SIGKILL of one of two ranks under `torchrun{' --standalone' * standalone} --max_restarts={kills}`", killed,
            f"went on by itself each time; {len(found)} differences from the undisturbed run" + told(found), len(found) + (killed < kills))
 
 
@@ -597,7 +599,8 @@ def main():
     kinds = {
         "flags": [bad_flags],
         "kill": [lambda folder: kill_and_resume(folder, args.kills, args.seed)],
-        "torchrun": [lambda folder: kill_a_rank(folder, max(1, args.kills // 6), args.seed)],
+        "torchrun": [lambda folder: kill_a_rank(folder, max(1, args.kills // 6), args.seed),
+                     lambda folder: kill_a_rank(folder, max(1, args.kills // 6), args.seed, standalone=True)],
         "sigterm": [lambda folder: sigterm(folder, 4, args.seed)],
         "disk": [file_size_limit, full_disk, deleted_folder],
         "checkpoints": [foreign_checkpoints, lambda folder: damaged_checkpoints(folder, seed=args.seed)],
