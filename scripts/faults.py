@@ -38,7 +38,7 @@ import train
 TIMING = ("clips_per_s", "data_wait", "memory_gib")     # of a log row; they differ from run to run
 # 8 steps an epoch; log rows every 3 steps and at the end of an epoch, last.pt about every third step
 SMALL = ("--num_frames 4 --image_size 16 --depth 2 --batch_size 8 --epochs 6 --warmup_epochs 1 --log_every 3 --save_minutes 0.005 "
-         "--mixup 0.8 --drop_path 0.1 --ctm_dropout 0.1 --workers 1 --device cpu").split()
+         "--mixup 0.8 --drop_path 0.1 --ctm_dropout 0.1 --workers 1 --timeout 60 --device cpu").split()
 STEPS_PER_EPOCH = 8
 
 # ----------------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def kill_a_rank(folder, kills=4, seed=0, standalone=False):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         meeting = "--standalone" if standalone else f"--master_port={s.getsockname()[1]}"
-    agent = start(["-m", "torch.distributed.run", "--nproc_per_node=2", meeting, f"--max_restarts={kills}", *command(folder, out)])
+    agent = start(["-m", "torch.distributed.run", "--nproc_per_node=2", meeting, f"--max_restarts={kills + 2}", *command(folder, out)])
     killed, seen = 0, set()
     while killed < kills:
         sign = changes(out / "last.pt")
@@ -279,7 +279,7 @@ def kill_a_rank(folder, kills=4, seed=0, standalone=False):
     code, printed = finish(agent)
     reasons = [line for line in printed.splitlines() if "train.py: " in line or re.match(r"(\[rank\d\]: )?[\w.]*Error", line)]
     found = [f"torchrun ended with {code}: {' | '.join(reasons)}"] if code else differences(out, expected)
-    yield (f"SIGKILL of one of two ranks under `torchrun{' --standalone' * standalone} --max_restarts={kills}`", killed,
+    yield (f"SIGKILL of one of two ranks under `torchrun{' --standalone' * standalone} --max_restarts={kills + 2}`", killed,
            f"went on by itself each time; {len(found)} differences from the undisturbed run" + told(found), len(found) + (killed < kills))
 
 
