@@ -10,6 +10,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)                # the models here are tiny: more threads only wait for each other
+os.environ["LOCAL_WORLD_SIZE"] = str(os.cpu_count())    # so that train.py takes one too, here and in processes that tests start
 
 
 def run_two_ranks(script, *flags):

@@ -22,12 +22,6 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("faults")
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """train.py in this process leaves the number of threads alone: sums over two threads have other last bits."""
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-
-
 def check(rows):
     for fault, tried, outcome, bad in rows:
         assert tried and not bad, f"{fault}: {outcome}"

@@ -62,13 +62,11 @@ def clips(tmp_path_factory):
 
 
 def train_here(clips, out, *flags):
-    """train.py in this process, which keeps its signal handlers, and one thread: models as small as these gain nothing from more."""
+    """train.py in this process, which keeps its signal handlers."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch, "set_num_threads", lambda n: None)
-            train.main([*SMALL, "--data_root", str(clips), "--out_dir", str(out), *flags])
-            assert {s: signal.getsignal(s) for s in handlers} == handlers
+        train.main([*SMALL, "--data_root", str(clips), "--out_dir", str(out), *flags])
+        assert {s: signal.getsignal(s) for s in handlers} == handlers
     finally:
         for number, handler in handlers.items():        # train.py may have stopped with an error
             signal.signal(number, handler)
