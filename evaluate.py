@@ -86,10 +86,10 @@ def load_checkpoint(path, needs=("model", "model_config", "classes")):
     return checkpoint
 
 
-def build_trained(checkpoint, path):
-    """The model of a checkpoint. Raises ValueError naming the file where its weights and its configuration are not one model's."""
+def build_trained(checkpoint, path, model=None):
+    """The model of a checkpoint; `model`: where it is built already. Raises ValueError naming the file where its weights and its configuration are not one model's."""
     try:
-        model = STDFormer(ModelConfig(**checkpoint["model_config"]))
+        model = model or STDFormer(ModelConfig(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint["model"])
     except Exception as e:                              # each of the three steps has its own kinds
         raise ValueError(f"{path}: not a checkpoint of this train.py, its weights and model_config make no model "
@@ -237,10 +237,17 @@ def write_report(folder, rows, classes):
     print(f"{folder}: per_class.csv, confused.csv and confusion.png written")
 
 
+def refuse(args, table):
+    """Raises ValueError for the first row of a table (flag, whether it is fine, what is expected) that is not."""
+    for flag, fine, expected in table:
+        if not fine:
+            raise ValueError(f"--{flag} {getattr(args, flag)}: expected {expected}")
+
+
 def check_args(args):
     """Refuse flags that cannot work, alone or together, before any file is touched. Raises ValueError naming flag, found and expected."""
     a, alone = args, "to be left out with --video, which prints the top 5 and stops"
-    for flag, fine, expected in [
+    refuse(args, [
         ("clips", a.clips >= 1, "1 or more"),
         ("batch_size", a.batch_size >= 1, "1 or more"),
         ("workers", a.workers >= 0, "0 or more"),
@@ -251,9 +258,7 @@ def check_args(args):
         *((flag, not a.video or getattr(a, flag) is None, alone) for flag in ("save", "report", "dataset", "data_root", "skip_list", "control")),
         ("split", not a.video or a.split == "validation", alone),
         ("video", not a.video or os.environ.get("WORLD_SIZE", "1") == "1", "one process: start evaluate.py without torchrun"),
-    ]:
-        if not fine:
-            raise ValueError(f"--{flag} {getattr(args, flag)}: expected {expected}")
+    ])
 
 
 def main(argv=None):

@@ -32,7 +32,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 import data
-from evaluate import autocast, build_trained, evaluate, ignore_interrupt, kill_workers, load_checkpoint, pick_device, setup_processes
+from evaluate import autocast, build_trained, evaluate, ignore_interrupt, kill_workers, load_checkpoint, pick_device, refuse, setup_processes
 from model import MODELS, ModelConfig, add_model_flags, build_model, is_clip_parameter, load_clip, model_overrides, resize_positions
 
 # ----------------------------------------------------------------------------------------------------
@@ -115,13 +115,8 @@ def check_args(args):
     """Refuse flags that cannot work, alone or together, before any file is touched. Raises ValueError naming flag, found and expected."""
     a, world = args, int(os.environ.get("WORLD_SIZE", 1))
 
-    def check(table):
-        for flag, fine, expected in table:
-            if not fine:
-                raise ValueError(f"--{flag} {getattr(args, flag)}: expected {expected}")
-
-    check((flag, math.isfinite(value), "a number") for flag, value in vars(args).items() if isinstance(value, float))
-    check([
+    refuse(args, ((flag, math.isfinite(value), "a number") for flag, value in vars(args).items() if isinstance(value, float)))
+    refuse(args, [
         ("epochs", a.epochs >= 1, "1 or more"),
         ("warmup_epochs", 0 <= a.warmup_epochs <= a.epochs, f"0 to the {a.epochs} of --epochs"),
         ("batch_size", a.batch_size >= 1, "1 or more"),
@@ -144,7 +139,7 @@ def check_args(args):
         ("max_steps", a.max_steps is None or a.max_steps >= 1, "1 or more"),
     ])
     local = a.batch_size // world
-    check([
+    refuse(args, [
         ("batch_size", a.batch_size % world == 0, f"a multiple of the {world} processes"),
         ("micro_batch", not a.micro_batch or local % a.micro_batch == 0, f"a divisor of the {local} clips that each process has per step"),
         ("mixup", not a.mixup or local > 1, f"0: with {local} clip per process there is none to mix it with"),
@@ -409,7 +404,7 @@ def main(argv=None):
     if resume:
         checkpoint = load_checkpoint(resume, needs=CHECKPOINT)
         check_resume(checkpoint, resume, args, asdict(config), classes)
-        model.load_state_dict(build_trained(checkpoint, resume).state_dict())
+        build_trained(checkpoint, resume, model)
     elif args.init_from:
         init_from(model, load_checkpoint(args.init_from), args.init_from, classes)
     elif args.clip != "none" and master:                # DDP sends rank 0's weights to the others

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data
 from model import MODELS, ModelConfig, STDFormer, count_macs, model_overrides
-from train import get_args
+from train import get_args, replacing
 from variants import VARIANTS
 
 # ----------------------------------------------------------------------------------------------------
@@ -177,8 +177,8 @@ class Run:
                 lines = output.strip().splitlines() or ["nothing was printed"]
                 return f"{self.folder}: {next((line for line in lines if re.match(r'(train|evaluate|variants).py: ', line)), lines[-1])} (all of it: {said})"
         result = dict(top1=float(found[1]), top5=float(found[2]), line=found[0], command=printable(self.train))
-        self.result_file.with_suffix(".tmp").write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(self.result_file.with_suffix(".tmp"), self.result_file)
+        with replacing(self.result_file) as beside:
+            beside.write_text(json.dumps(result, indent=1) + "\n")
         return ""
 
 
@@ -218,9 +218,15 @@ def run_all(runs, args):
 # ----------------------------------------------------------------------------------------------------
 
 
+def mean_and_deviation(values):
+    """Over seeds; a single one has no deviation, which counts as 0."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0
+
+
 def spread(values):
-    """Mean and standard deviation over seeds, as text; no deviation for a single one."""
-    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+    """Both as text, without the deviation for a single seed."""
+    mean, deviation = mean_and_deviation(values)
+    return f"{mean:.1f}" + (f" ± {deviation:.1f}" if len(values) > 1 else "")
 
 
 def write_table(path, title, base, rows, args):
@@ -240,16 +246,20 @@ def write_table(path, title, base, rows, args):
     print("\n" + path.read_text())
 
 
+def top1_by_row(rows):
+    """[(label, top-1 of each finished seed)], without rows that have none."""
+    return [(label, values) for label, _, runs in rows if (values := [r["top1"] for r in (run.result() for run in runs) if r])]
+
+
 def draw_table(path, title, rows):
     """One dot per seed and a bar of one standard deviation around their mean, row by row. Needs matplotlib."""
     from matplotlib.figure import Figure
-    rows = [(label, [r["top1"] for r in (run.result() for run in runs) if r]) for label, _, runs in rows]
-    rows = [(label, values) for label, values in rows if values]
+    rows = top1_by_row(rows)
     figure = Figure(figsize=(7, 0.9 + 0.32 * len(rows)), layout="constrained")
     axis = figure.subplots()
     for y, (label, values) in enumerate(rows):
-        deviation = statistics.stdev(values) if len(values) > 1 else 0
-        axis.errorbar(statistics.mean(values), y, xerr=deviation, fmt="|", color="#0072B2", capsize=4, markersize=12)
+        mean, deviation = mean_and_deviation(values)
+        axis.errorbar(mean, y, xerr=deviation, fmt="|", color="#0072B2", capsize=4, markersize=12)
         axis.plot(values, [y] * len(values), "o", color="#D55E00", markersize=4, alpha=0.7)
     axis.set_yticks(range(len(rows)), [label for label, _ in rows])
     axis.set(xlabel="top-1, % (dots: seeds; bar: mean and one standard deviation)", title=title, ylim=(max(len(rows), 1) - 0.5, -0.5))
@@ -264,9 +274,8 @@ def draw_difficulty(path, rows):
     axis = figure.subplots()
     names = list(dict.fromkeys(label.split(", difficulty ")[0] for label, _, _ in rows))
     for name, color, marker in zip(names, ("#0072B2", "#D55E00", "#999999"), "os^"):
-        points = [(float(label.split(", difficulty ")[1]), [r["top1"] for r in (run.result() for run in runs) if r])
-                  for label, _, runs in rows if label.startswith(name + ", difficulty")]
-        points = [(d, statistics.mean(v), statistics.stdev(v) if len(v) > 1 else 0) for d, v in points if v]
+        points = [(float(label.split(", difficulty ")[1]), *mean_and_deviation(values))
+                  for label, values in top1_by_row(rows) if label.startswith(name + ", difficulty")]
         if points:
             d, mean, deviation = zip(*points)
             axis.errorbar(d, mean, yerr=deviation, label=name, color=color, marker=marker, capsize=3)
@@ -300,8 +309,8 @@ def main(argv=None):
         data.make_toy(args.data_root)
     args.classes = 174 if args.dry_run else len(data.read_classes(args.dataset, args.data_root, quiet=True))
 
-    base = get_args(["--dataset", args.dataset] + args.train_flags)
-    tables, wanted = make_tables(args.dataset, base.depth or MODELS[base.model]["depth"]), {}
+    plain = get_args(["--dataset", args.dataset] + args.train_flags)
+    tables, wanted = make_tables(args.dataset, plain.depth or MODELS[plain.model]["depth"]), {}
     for table in names if "all" in args.table else args.table:
         title, base, rows = tables[table]
         wanted[table] = title, base, [(label, paper, [Run(args, flags, seed) for seed in args.seeds] if flags is not None else []) for label, paper, flags in rows]

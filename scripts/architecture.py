@@ -125,7 +125,7 @@ def overview(c):
 
     ST, T = 176, 352                                    # the heights of the two branches
     middle = (ST + T) // 2
-    svg.append(f'<rect class="panel" x="326" y="92" width="592" height="328" rx="10"/>')
+    svg.append('<rect class="panel" x="326" y="92" width="592" height="328" rx="10"/>')
     text(342, 117, "layer i = 0 ... L-1", "strong", 14, "start")
 
     for k in range(3):                                  # the video: frames in which something moves
@@ -177,7 +177,7 @@ def overview(c):
 
     # where the modules stand: columns are layers
     left, top, cell = 150, 478, 41
-    text(28, top - 14, f"b16, by layer i", "strong", 14, "start", room=120)
+    text(28, top - 14, "b16, by layer i", "strong", 14, "start", room=120)
     rows = (("blocks", range(c.depth), "st", ""), ("ctm", range(c.depth), "t", "CTM"), ("smem_t", c.smem_layers, "t", "SMEM"), ("stdm", c.stdm_layers, "back", "STDM"))
     for i in range(c.depth):
         text(left + i * cell + cell / 2, top - 14, str(i), "small", 12)
@@ -279,16 +279,22 @@ def ctm(x, y, w, h):
     end()
 
 
+def chain(left, row, gap, parts, colour):
+    """Boxes in a row, each (name, width, note) with an arrow behind it; returns where the last arrow ends."""
+    for name, width, note in parts:
+        box(left + width // 2, row, width, 46, name, [note], colour="plain" if name.startswith("bn") else colour, size=13)
+        line([(left + width, row), (left + width + gap, row)], colour)
+        left += width + gap
+    return left
+
+
 def stdm(x, y, w, h):
     panel(x, y, w, h, "STDM", "spatio-temporal diffusion module", "3.4, Fig. 4", "What should the places and frames around know of this one?")
     row = 116
     text(18, row - 12, "y", "shape t", 14, "start")
     line([(18, row), (38, row)], "back")
-    left = 38
-    for name, width, note in ("conv_s", 74, "1x3x3"), ("bn_s", 62, "ReLU"), ("conv_t", 74, "3x1x1"), ("bn_t", 62, "ReLU"), ("pointwise", 82, "1x1x1"):
-        box(left + width // 2, row, width, 46, name, [note], colour="plain" if name.startswith("bn") else "back", size=13)
-        line([(left + width, row), (left + width + 16, row)], "back")
-        left += width + 16
+    parts = ("conv_s", 74, "1x3x3"), ("bn_s", 62, "ReLU"), ("conv_t", 74, "3x1x1"), ("bn_t", 62, "ReLU"), ("pointwise", 82, "1x1x1")
+    left = chain(38, row, 16, parts, "back")
     plus(left + 11, row, "st")
     line([(left + 11, 76), (left + 11, row - 11)], "st")
     text(left + 4, 86, "patches of x", "st", 13, "end")
@@ -311,11 +317,7 @@ def smem(x, y, w, h):
     line([(18, row), (42, row)], "t")
     dot(30, row, "t")
     line([(30, row), (30, top), (483, top), (483, row - 11)], "t")
-    left = 42
-    for name, width, note in ("conv_in", 78, "3x3, D/8"), ("correlation", 108, "N x N"), ("stages", 84, "3 x, at H/2"), ("conv_out", 92, "3x3, resized"):
-        box(left + width // 2, row, width, 46, name, [note], colour="t", size=13)
-        line([(left + width, row), (left + width + 17, row)], "t")
-        left += width + 17
+    left = chain(42, row, 17, (("conv_in", 78, "3x3, D/8"), ("correlation", 108, "N x N"), ("stages", 84, "3 x, at H/2"), ("conv_out", 92, "3x3, resized")), "t")
     plus(left + 11, row, "t")
     line([(left + 22, row), (left + 38, row)], "t")
     heat = {(1, 3): 1, (1, 2): 0.4, (0, 3): 0.3, (2, 3): 0.35, (1, 4): 0.3, (0, 2): 0.15, (2, 2): 0.25, (2, 4): 0.12, (3, 1): 0.12, (4, 0): 0.08}

@@ -66,11 +66,15 @@ def start(arguments, **options):
     return process
 
 
-def start_two_ranks(arguments):
-    """What torchrun --nproc_per_node=2 starts, without its agent."""
+def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        common = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+        return s.getsockname()[1]
+
+
+def start_two_ranks(arguments):
+    """What torchrun --nproc_per_node=2 starts, without its agent."""
+    common = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     return [start(arguments, env=dict(common, RANK=str(r), LOCAL_RANK=str(r))) for r in range(2)]
 
 
@@ -92,12 +96,13 @@ def succeed(*processes):
     return printed
 
 
-def children(pid):
-    """Process ids of the children, from /proc (field 4 of stat is the parent)."""
+def processes(**wanted):
+    """Ids of the processes with this parent= or in this group=, from /proc (fields 4 and 5 of stat)."""
+    (what, number), = wanted.items()
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):              # it may end meanwhile
-            if int(stat.read_text().rsplit(")", 1)[1].split()[1]) == pid:
+            if int(stat.read_text().rsplit(")", 1)[1].split()[{"parent": 1, "group": 2}[what]]) == number:
                 found.append(int(stat.parent.name))
     return found
 
@@ -224,7 +229,7 @@ def kill_and_resume(folder, kills=24, seed=0):
                 if code:
                     found.append(f"run {runs} does not go on: {printed[-300:]}")
                 break
-            workers += children_left(process.pid)
+            workers += [p for p in processes(group=process.pid) if p != process.pid]       # start() made the group; its leader is dead
         if not found:
             found += differences(out, expected)
             shutil.rmtree(out)
@@ -244,16 +249,6 @@ def is_training(pid):
         return False
 
 
-def children_left(group):
-    """Processes of the process group (start() makes one) whose leader was killed."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            if int(stat.read_text().rsplit(")", 1)[1].split()[2]) == group and int(stat.parent.name) != group:
-                found.append(int(stat.parent.name))
-    return found
-
-
 def told(found):
     return ": " + "; ".join(" ".join(f.split()) for f in found) if found else ""
 
@@ -261,17 +256,15 @@ def told(found):
 def kill_a_rank(folder, kills=4, seed=0, standalone=False):
     """torchrun with two ranks and --max_restarts; one rank, drawn at random, gets SIGKILL, `kills` times. Nobody starts anything again."""
     expected, out, rng = undisturbed(folder, ranks=2), folder / f"rank_killed{standalone}", random.Random(seed)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        meeting = "--standalone" if standalone else f"--master_port={s.getsockname()[1]}"
+    meeting = "--standalone" if standalone else f"--master_port={free_port()}"
     agent = start(["-m", "torch.distributed.run", "--nproc_per_node=2", meeting, f"--max_restarts={kills + 2}", *command(folder, out)])
     killed, seen = 0, set()
     while killed < kills:
         sign = changes(out / "last.pt")
-        if not wait_for(lambda: len([c for c in children(agent.pid) if c not in seen and is_training(c)]) == 2 and sign(), agent):
+        if not wait_for(lambda: len([c for c in processes(parent=agent.pid) if c not in seen and is_training(c)]) == 2 and sign(), agent):
             break
         time.sleep(rng.uniform(0, 0.3))
-        ranks = [c for c in children(agent.pid) if c not in seen and is_training(c)]
+        ranks = [c for c in processes(parent=agent.pid) if c not in seen and is_training(c)]
         if len(ranks) == 2:
             os.kill(rng.choice(ranks), signal.SIGKILL)
             seen |= set(ranks)

@@ -31,8 +31,8 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
-from evaluate import load_checkpoint, pick_device
-from model import PTM, ModelConfig, STDFormer
+from evaluate import build_trained, load_checkpoint, pick_device
+from model import PTM, STDFormer
 
 PICTURES = ("frames", "order", "relevance", "ctm", "smem", "stdm", "ptm", "clip")
 PLOTS = ("ctm", "smem", "stdm", "ptm")
@@ -276,7 +276,7 @@ def with_heat(image, heat, limit):
 def with_arrows(image, field, trust):
     """A frame with a motion field over it: an arrow from each place that is trusted. field: (H, W, 2) steps, trust: (H, W)."""
     image = image.copy()
-    draw, (H, W), cell = ImageDraw.Draw(image), trust.shape, image.width / trust.shape[1]
+    draw, cell = ImageDraw.Draw(image), image.width / trust.shape[1]
     thick = max(1, image.width // 96)
     for r, c in trust.nonzero().tolist():
         down, right = (field[r, c] * cell).tolist()
@@ -677,8 +677,7 @@ def main(argv=None):
 
     device = pick_device(args.device)
     checkpoint = load_checkpoint(args.ckpt)
-    model = STDFormer(ModelConfig(**checkpoint["model_config"]))
-    model.load_state_dict(checkpoint["model"])
+    model = build_trained(checkpoint, args.ckpt)
     model.to(device).eval()
     c, classes, trained = model.config, checkpoint["classes"], checkpoint["args"]
     if args.place and not all(0 <= i < n for i, n in zip(args.place, model.grid)):
