@@ -12,17 +12,18 @@ The first two have the width and heads of the STD-Former that the flags describe
 closest to its number of parameters. They answer "is it the architecture, or would any transformer do?"; the other two are
 readings of the paper (README, "Where the paper is silent") that are not worth an argument in model.py.
 """
+import faulthandler
 import functools
 import sys
 from pathlib import Path
 
 import torch
 import torch.nn as nn
+from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import evaluate
-
 import train
 from model import Attention, Block, CTM, DropPath, MLP, ModelConfig, MODELS, SMEM, STDFormer
 
@@ -55,7 +56,7 @@ class FrameViT(nn.Module):
         self.init_weights()
 
     def make_stem(self, kernel=1):
-        """One frame of each of STD-Former's T temporal strides (so the arithmetic is the same too); a wider kernel would see motion."""
+        """Of each pair of frames that STD-Former makes one token frame of, this sees the first: as many token frames, and no motion in them."""
         c = self.config
         self.conv1 = nn.Conv3d(3, c.dim, (kernel, c.patch_size, c.patch_size), (c.stem_stride, c.patch_size, c.patch_size), (kernel // 2, 0, 0), bias=False)
         self.class_embedding = nn.Parameter(torch.zeros(c.dim))
@@ -78,10 +79,13 @@ class FrameViT(nn.Module):
         for p in (self.class_embedding, self.positional_embedding):
             nn.init.normal_(p, std=std)
 
+    def tokens(self, video):
+        return self.stem(video)[0]                                              # (B, T, 1+N, D)
+
     def forward(self, video):
-        x, _ = self.stem(video)                                                 # (B, T, 1+N, D)
+        x = self.tokens(video)
         for block in self.blocks:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
         return self.head(self.dropout(self.ln_post(x[:, :, 0].mean(dim=1))))
 
 
@@ -118,12 +122,8 @@ class DividedViT(FrameViT):
         depth = layers_for(c, 16 * c.dim ** 2 + 19 * c.dim)
         return nn.ModuleList(DividedBlock(c.dim, c.heads, c.drop_path * i / max(1, depth - 1)) for i in range(depth))
 
-    def forward(self, video):
-        x, _ = self.stem(video)
-        x = x + self.time_embedding
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.dropout(self.ln_post(x[:, :, 0].mean(dim=1))))
+    def tokens(self, video):
+        return super().tokens(video) + self.time_embedding
 
 
 class ZeroCTM(STDFormer):
@@ -152,6 +152,7 @@ class GateSTDFormer(STDFormer):
         for m in self.modules():
             if isinstance(m, SMEM):
                 m.__class__ = GatedSMEM                 # same parameters, another sum
+        self.register_buffer("smem_gates", torch.ones(()))          # so that evaluate.py alone refuses its checkpoints
 
 
 VARIANTS = {"frames": FrameViT, "divided": DividedViT, "ctm_zero": ZeroCTM, "smem_gate": GateSTDFormer}
@@ -162,17 +163,29 @@ def build(variant, name, **overrides):
     return VARIANTS[variant](ModelConfig(**{**MODELS[name], **overrides}))
 
 
+def no_clip(model, source):
+    raise ValueError(f"--clip {source}: {type(model).__name__} has {len(model.blocks)} layers, which CLIP's weights do not fit; give --clip none")
+
+
 def main(argv):
     if len(argv) < 2 or argv[0] not in VARIANTS or argv[1] not in ("train", "evaluate"):
         sys.exit(f"usage: python scripts/variants.py {'|'.join(VARIANTS)} train|evaluate FLAGS\n\n{__doc__}")
     variant, program, *flags = argv
     train.build_model = functools.partial(build, variant)
+    if issubclass(VARIANTS[variant], FrameViT):
+        train.load_clip = no_clip
     evaluate.STDFormer = VARIANTS[variant]              # of checkpoints
     (train if program == "train" else evaluate).main(flags)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":                              # as train.py and evaluate.py end
+    faulthandler.enable()
     try:
         main(sys.argv[1:])
-    except (ValueError, OSError, FloatingPointError, data.ClipError) as e:
+    except (ValueError, OSError, FloatingPointError, RuntimeError, data.ClipError) as e:
+        e = data.worker_error(e)
+        if isinstance(e, RuntimeError):
+            raise
         sys.exit(f"variants.py: {data.reason(e)}")
+    finally:
+        evaluate.kill_workers()

@@ -6,6 +6,8 @@ import json
 import re
 import subprocess
 import sys
+import time
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -27,45 +29,90 @@ def args(**changes):
     return SimpleNamespace(**{**dict(dataset="toy", data_root="datasets/toy", out_dir="out/ablate", train_flags=[], gpus_per_run=1, classes=10, seeds=[0]), **changes})
 
 
+def runs_of(table, **changes):
+    return [ablate.Run(args(**changes), row, 0) for row in table.rows if row.flags is not None]
+
+
 # ----------------------------------------------------------------------------------------------------
 # The rows
 # ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dataset, model", [("toy", "tiny"), ("ssv1", "b16"), ("ssv2", "l14")])
-def test_every_row_is_a_model_that_exists_and_rows_differ(dataset, model):
-    for table, (title, base, rows) in ablate.make_tables(dataset, MODELS[model]["depth"]).items():
-        runs = [ablate.Run(args(dataset=dataset, train_flags=["--model", model]), flags, 0) for _, _, flags in rows if flags is not None]
-        assert len({run.folder for run in runs}) == len(runs) >= 1, table
-        assert len({label for label, *_ in rows}) == len(rows)
+@pytest.mark.parametrize("dataset, model, depth", [("toy", "tiny", 4), ("ssv1", "b16", 12), ("ssv2", "l14", 24), ("ssv1", "b16", 18)])
+def test_every_row_is_a_model_that_exists_and_rows_differ(dataset, model, depth):
+    by_folder = {}
+    for name, table in ablate.make_tables(dataset, depth).items():
+        runs = runs_of(table, dataset=dataset, train_flags=["--model", model, "--depth", str(depth)])
+        assert len({run.folder for run in runs}) == len(runs) >= 1, name
+        assert len({row.label for row in table.rows}) == len(table.rows)
+        for run in runs:                                # rows that share a folder are one run, whatever flags led there
+            assert by_folder.setdefault(run.folder, run.settings) == run.settings, (name, run.folder)
 
 
 def test_positions_of_b16_are_the_papers():
     tables = ablate.make_tables("ssv1", 12)
-    assert [row[2].split(" --stdm")[0] for row in tables["5"][2]] == [
-        "--ptm_layers 0 1 2 3 4 5 6 7 8 9 10 11", "--ptm_layers 0 1 2 3", "--ptm_layers 4 5 6 7 8 9 10 11", "--ptm_layers 4 5 6 7", "--ptm_layers 8 9 10 11",
-        "--ptm_layers 8 9", "--ptm_layers 10 11"]
-    best = ablate.Run(args(dataset="ssv1"), tables["6"][2][0][2], 0)
-    assert best.folder == ablate.Run(args(dataset="ssv1"), "", 0).folder            # Table 6's best row is the full model: one run for both
-    for depth in (4, 6):
-        label, _, flags = ablate.make_tables("ssv1", depth)["5"][2][3]
-        assert flags.startswith("--ptm_layers 2 3 ") and label == "4-7 (here 2, 3)" and ("--depth 6" in flags) == (depth == 4)
+    assert [run.config.ptm_layers for run in runs_of(tables["5"], dataset="ssv1")] == [
+        tuple(range(12)), (0, 1, 2, 3), (4, 5, 6, 7, 8, 9, 10, 11), (4, 5, 6, 7), (8, 9, 10, 11), (8, 9), (10, 11)]
+    best = runs_of(tables["6"], dataset="ssv1")[0]
+    assert best.folder == ablate.Run(args(dataset="ssv1"), ablate.Row(""), 0).folder           # Table 6's best row is the full model: one run for both
+
+
+def test_positions_scale_with_the_depth():
+    for depth, shares in ((4, [(0, 1, 2, 3, 4, 5), (0, 1), (2, 3, 4, 5), (2, 3), (4, 5), (4,), (5,)]),         # gets six layers
+                          (24, [tuple(range(24)), tuple(range(8)), tuple(range(8, 24)), tuple(range(8, 16)), tuple(range(16, 24)), (16, 17, 18, 19), (20, 21, 22, 23)])):
+        runs = runs_of(ablate.make_tables("ssv1", depth)["5"], dataset="ssv1", train_flags=["--depth", str(depth)])
+        assert [run.config.ptm_layers for run in runs] == shares
+        assert {run.config.depth for run in runs} == {6 if depth == 4 else depth}
+    assert ablate.make_tables("ssv1", 4)["5"].rows[3].label == "4-7 (here 2, 3)" and "6 layers" in ablate.make_tables("ssv1", 4)["5"].base
+    assert [run.config.smem_layers for run in runs_of(ablate.make_tables("ssv1", 24)["6"], dataset="ssv1", train_flags=["--depth", "24"])][:3] == [(8,), (0,), (16,)]
 
 
 def test_paper_numbers_are_those_of_the_paper():
     tables = ablate.make_tables("ssv1", 12)
-    assert [row[1] for row in tables["2"][2]] == ["56.8 / 84.0", "57.2 / 84.3", "57.0 / 84.2", "57.1 / 84.2", "57.3 / 84.4"]
-    assert [row[1] for row in tables["3"][2]] == ["56.8 / 83.9", "55.6 / 82.9", "57.2 / 84.3", "54.5 / 81.8"]
-    assert [row[1] for row in tables["5"][2]] == ["55.2 / 82.6", "55.8 / 82.9", "56.6 / 83.5", "57.0 / 84.1", "57.2 / 84.3", "56.8 / 84.0", "56.6 / 83.4"]
-    assert [row[1] for row in tables["4"][2]] == ["57.1 / 84.2", None, None]
+    numbers = lambda name: [row.paper for row in tables[name].rows]
+    assert numbers("2") == ["56.8 / 84.0", "57.2 / 84.3", "57.0 / 84.2", "57.1 / 84.2", "57.3 / 84.4"]
+    assert numbers("3") == ["56.8 / 83.9", "55.6 / 82.9", "57.2 / 84.3", "54.5 / 81.8"]
+    assert numbers("5") == ["55.2 / 82.6", "55.8 / 82.9", "56.6 / 83.5", "57.0 / 84.1", "57.2 / 84.3", "56.8 / 84.0", "56.6 / 83.4"]
+    assert numbers("4") == ["57.1 / 84.2", None, None] and set(numbers("7")) == {None}
+    assert tables["1"].rows[-1].paper == "57.3 / 84.4" and ablate.make_tables("ssv2", 12)["1"].rows[-1].paper == "69.2 / 92.1"
 
 
 def test_table_2_switches_the_modules():
-    have = []
-    for _, _, flags in ablate.make_tables("ssv1", 12)["2"][2]:
-        c = ablate.Run(args(dataset="ssv1"), flags, 0).config
-        have.append((bool(c.ptm_layers), bool(c.stdm_layers), bool(c.smem_layers)))
+    have = [(bool(c.ptm_layers), bool(c.stdm_layers), bool(c.smem_layers)) for c in (run.config for run in runs_of(ablate.make_tables("ssv1", 12)["2"], dataset="ssv1"))]
     assert have == [(False, False, False), (True, False, False), (False, True, False), (False, False, True), (True, True, True)]
+
+
+def test_a_rows_own_flags_win_and_evaluation_gets_what_it_needs():
+    row = ablate.make_tables("toy", 8)["5"].rows[3]
+    run = ablate.Run(args(train_flags=["--depth", "8", "--ptm_layers", "0", "--skip_list", "bad.txt", "--workers", "3", "--lr", "5e-4"]), row, 1)
+    assert run.config.depth == 6 and run.config.ptm_layers == (2, 3)
+    trained = train.get_args(run.train[2:])
+    assert trained.lr == 5e-4 and trained.seed == 1 and trained.out_dir == str(run.folder)
+    assert run.evaluate[-4:] == ["--workers", "3", "--skip_list", "bad.txt"]
+
+
+def test_plain_vits_are_compared_with_what_starts_as_they_do():
+    for dataset, clip in (("ssv1", "none"), ("toy", "none")):
+        ours, *vits = runs_of(ablate.make_tables(dataset, 12)["controls"], dataset=dataset)[:3]
+        assert [run.settings["clip"] for run in (ours, *vits)] == [clip] * 3 and [run.variant for run in vits] == ["divided", "frames"]
+    assert ablate.Run(args(dataset="ssv1"), ablate.make_tables("ssv1", 12)["controls"].rows[3], 0).settings["clip"] == "openai"
+
+
+@pytest.mark.parametrize("flags", (["--seed", "1"], ["--dataset=ssv1"], ["--max_steps", "3"]))
+def test_flags_that_ablate_sets_itself_are_refused_behind_the_dashes(flags, capsys):
+    with pytest.raises(SystemExit):
+        ablate.main(["--table", "2", "--dry_run", "--", *flags])
+    assert f"{flags[0]} behind --" in capsys.readouterr().err
+
+
+def test_dry_run_prints_every_command_and_all_leaves_out_what_has_no_sense(capsys):
+    assert ablate.main(["--table", "all", "--dry_run", "--seeds", "0", "--dataset", "ssv1"]) == 0
+    assert "difficulty" not in capsys.readouterr().out
+    assert ablate.main(["--table", "difficulty", "--dry_run", "--seeds", "0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    made = [line for line in lines if line.startswith("python data.py toy")]
+    assert made == [f"python data.py toy --data_root datasets/toy_difficulty{d} --difficulty {d}" for d in ablate.DIFFICULTIES if d]
+    assert len(lines) == len(made) + 2 * 3 * len(ablate.DIFFICULTIES)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -95,7 +142,7 @@ def test_rows_are_trained_once_and_tabled(toy, tmp_path, capfd, monkeypatch):
     assert ablate.main(["--report_only"] + flags) == 0 and (tmp_path / "toy" / "table1.md").read_text() == table
     assert ablate.main(flags) == 0                                       # nothing is left to do
     assert "train.py --dataset" not in capfd.readouterr().out and (tmp_path / "toy" / "table1.md").read_text() == table
-    with pytest.raises(ValueError, match="was run as"):                  # other flags are another run, not these results
+    with pytest.raises(ValueError, match="other flags.*\\n  lr: 0.001, now 0.0001"):            # another run, not these results
         ablate.main(flags + ["--lr", "1e-4"])
 
 
@@ -103,6 +150,35 @@ def test_a_failing_row_is_reported_and_not_tabled(toy, tmp_path, capfd):
     assert ablate.main(["--table", "1", "--seeds", "0", "--data_root", str(toy), "--out_dir", str(tmp_path), "--", "--batch_size", "1000"]) == 1
     assert "--batch_size 1000: more than the 20 training clips" in capfd.readouterr().out
     assert "| STD-Former | 57.3 / 84.4 | not run |" in (tmp_path / "toy" / "table1.md").read_text()
+
+
+def test_a_stopped_row_goes_on(toy, tmp_path):
+    command = [sys.executable, str(ROOT / "scripts" / "ablate.py"), "--table", "1", "--seeds", "0", "--data_root", str(toy), "--out_dir", str(tmp_path), "--",
+               "--epochs", "60", "--warmup_epochs", "0", "--batch_size", "20", "--depth", "2", "--save_minutes", "0", "--eval_every", "60", "--workers", "0"]
+    seed = tmp_path / "toy" / "std_former" / "seed0"
+    process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    wait_until = time.monotonic() + 120
+    while not (seed / "last.pt").is_file():
+        assert process.poll() is None and time.monotonic() < wait_until
+        time.sleep(0.05)
+    process.terminate()
+    assert "stopped; the same command goes on" in process.communicate(timeout=120)[0] and process.returncode
+    assert "stopped after step" in seed.with_suffix(".txt").read_text() and not seed.with_suffix(".json").exists()
+    again = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
+    assert again.returncode == 0, again.stdout
+    assert "--resume" not in again.stdout and seed.with_suffix(".json").is_file()
+    steps = [json.loads(line)["step"] for line in (seed / "log.jsonl").read_text().splitlines() if '"train"' in line]
+    assert steps == list(range(1, 61))                           # a row per epoch of one step, none twice
+
+
+def test_plots_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    table = ablate.make_tables("toy", 4)["difficulty"]
+    fake = [[SimpleNamespace(result=lambda v=v: dict(top1=v)) for v in (90 - 50 * row.difficulty, 92 - 50 * row.difficulty)] for row in table.rows]
+    fake[-1] = []                                       # not run
+    ablate.draw_difficulty(tmp_path / "a.png", table, fake)
+    ablate.draw_table(tmp_path / "b.png", "title", table, fake)
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("a.png", "b.png"))
 
 
 def test_mean_and_deviation():
@@ -173,9 +249,23 @@ def test_smem_gate_multiplies():
     assert torch.allclose(gates[0](y), y * 2 * torch.sigmoid(motion), atol=1e-5)
 
 
+def test_plain_evaluation_refuses_the_gate(tmp_path):
+    model = small("smem_gate")
+    checkpoint = dict(model=model.state_dict(), model_config=asdict(model.config))
+    with pytest.raises(ValueError, match="smem_gates"):
+        evaluate.build_trained(checkpoint, "x.pt")
+
+
+def test_plain_vits_refuse_clip_weights(toy, tmp_path, monkeypatch):
+    for module, name in ((train, "build_model"), (train, "load_clip"), (evaluate, "STDFormer")):       # what variants.py replaces, put back afterwards
+        monkeypatch.setattr(module, name, getattr(module, name))
+    with pytest.raises(ValueError, match="--clip openai: DividedViT has .* layers"):
+        variants.main(["divided", "train", "--data_root", str(toy), "--out_dir", str(tmp_path / "out"), "--clip", "openai", "--device", "cpu"])
+
+
 def test_a_variant_trains_and_evaluates_with_the_same_programs(toy, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "build_model", train.build_model)         # what variants.py replaces, put back afterwards
-    monkeypatch.setattr(evaluate, "STDFormer", evaluate.STDFormer)
+    for module, name in ((train, "build_model"), (train, "load_clip"), (evaluate, "STDFormer")):       # what variants.py replaces, put back afterwards
+        monkeypatch.setattr(module, name, getattr(module, name))
     variants.main(["divided", "train", "--data_root", str(toy), "--out_dir", str(tmp_path / "out"), "--epochs", "1", "--warmup_epochs", "0", "--batch_size", "20",
                    "--workers", "0", "--depth", "2", "--device", "cpu"])
     assert "time_embedding" in torch.load(tmp_path / "out" / "last.pt", weights_only=True)["model"]
