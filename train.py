@@ -94,7 +94,7 @@ def get_args(argv=None):
     p.add_argument("--seed", type=int, default=0, help="of everything; report several (default: %(default)s)")
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="auto takes the first that is there")
     p.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="auto: bf16 on GPUs that have it, else fp16 with a loss scaler; fp32 on CPU and MPS")
-    p.add_argument("--compile", action="store_true", help="torch.compile: a few minutes at the start, then faster; for CUDA")
+    p.add_argument("--compile", action="store_true", help="torch.compile: a few minutes at the start, then faster; for CUDA. On several GPUs SyncBatchNorm may break its graph, --freeze_bn avoids that")
     p.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass: much less memory, about a third more time")
     p.add_argument("--freeze_bn", action="store_true", help="BatchNorm keeps its running statistics in training; with --init_from, or to compare runs exactly (in a new run it then only scales and shifts)")
     p.add_argument("--log_every", type=int, default=20, help="steps between log lines (default: %(default)s)")
@@ -323,6 +323,11 @@ def memory_gib(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
 
 
+# What decides a run's result beside model and data, and so must not change on --resume.
+THE_SAME = ("dataset", "batch_size", "epochs", "seed", "lr", "min_lr", "warmup_epochs", "weight_decay", "clip_lr_scale", "freeze_clip", "freeze_bn", "grad_clip",
+            "control", "crop_scale", "randaugment", "flip", "label_smoothing", "mixup", "cutmix")
+
+
 def check_resume(checkpoint, path, args, config, classes):
     """Refuse to go on with another model, class list or batch; name every difference."""
     old = checkpoint["model_config"]
@@ -330,7 +335,7 @@ def check_resume(checkpoint, path, args, config, classes):
     if checkpoint["classes"] != classes:
         gone, new = set(checkpoint["classes"]) - set(classes), set(classes) - set(checkpoint["classes"])
         problems.append(f"classes: {len(checkpoint['classes'])} in the checkpoint, {len(classes)} now; only there {sorted(gone)[:3]}, only now {sorted(new)[:3]}")
-    problems += [f"{k}: checkpoint {checkpoint['args'][k]!r}, now {getattr(args, k)!r}" for k in ("dataset", "batch_size", "epochs", "seed", "lr", "warmup_epochs", "weight_decay", "clip_lr_scale", "freeze_clip", "control")
+    problems += [f"{k}: checkpoint {checkpoint['args'][k]!r}, now {getattr(args, k)!r}" for k in THE_SAME
                  if checkpoint["args"][k] != getattr(args, k)]
     if problems:
         raise ValueError(f"--resume: {path} is another run; give it the same flags, or start anew in another --out_dir:\n  " + "\n  ".join(problems))
@@ -492,12 +497,22 @@ def main(argv=None):
     asked_to_stop = []                                  # filled by a signal; the step in progress is finished first
     handlers = {s: signal.signal(s, lambda number, frame: asked_to_stop.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
 
+    def on_its_way(stats):
+        """A copy for the CPU, and the event that tells when it is there: to read the tensor itself would wait for all that the GPU was given since."""
+        if device.type != "cuda":
+            return stats, None
+        copy, there = stats.to("cpu", non_blocking=True), torch.cuda.Event()
+        there.record()
+        return copy, there
+
     def finite(stats):
         loss, norm, _ = stats.tolist()
         return math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())             # the scaler skips such steps itself
 
-    def read(stats, at_step, lr, index):
+    def read(stats, there, at_step, lr, index):
         """What all ranks know about a step: raise if it is not finite, return whether anyone was asked to stop."""
+        if there:
+            there.synchronize()
         if not finite(stats):
             loss, norm, _ = stats.tolist()
             clips = ", ".join(train_set.ids[i].decode() for i in index.tolist())
@@ -575,9 +590,9 @@ def main(argv=None):
         if world > 1:
             dist.all_reduce(stats)
             stats /= world
-        if before:                                      # the step before is long done: reading it does not stall the GPU
+        if before:                                      # the step before is long done: this does not wait for the GPU
             stopped = read(*before)
-        before = (stats, step, lr, index)
+        before = (*on_its_way(stats), step, lr, index)
         window.append(stats[:2])
         step, timed = step + 1, timed + 1
         if bar is not None:
@@ -603,6 +618,8 @@ def main(argv=None):
         if args.dry_run:
             if stop_at - step == 3:                     # the first steps start workers, pick kernels, compile
                 timed, waited, since = 0, 0.0, time.perf_counter()
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
             continue
         if validation_due() and not stopped:
             stopped = not validate()

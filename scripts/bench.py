@@ -165,10 +165,18 @@ def compare(args, device, dtype):
             scaler.scale(loss).backward()
             m.zero_grad(set_to_none=True)
 
+        start = time.perf_counter()
+        try:
+            for f in (forward, train):                  # compiles, picks algorithms
+                for _ in range(3 if device.type == "cuda" else 1):
+                    f()
+        except torch.OutOfMemoryError:
+            m.to("cpu").zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            print(f"{name}: out of memory at batch {args.batch}", flush=True)
+            continue
+        print(f"{name}: warmed up in {time.perf_counter() - start:.0f} s", flush=True)
         steps[name] = forward, train
-        for f in (forward, train):                      # compiles, picks algorithms
-            for _ in range(3 if device.type == "cuda" else 1):
-                f()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             base = torch.cuda.memory_allocated()
@@ -184,6 +192,9 @@ def compare(args, device, dtype):
                 rows[name][key].append(seconds(device, lambda: [f() for _ in range(repeat)]) / repeat / args.batch)
 
     rate = matmul_rate(device, dtype)
+    rows = {name: r for name, r in rows.items() if name in steps}
+    if not rows:
+        sys.exit(f"bench.py: --batch {args.batch}: no model fits into memory; lower it, or add --checkpointing")
     first = next(iter(rows.values()))
     for r in rows.values():
         r.update(forward=statistics.median(r["forward"]), train=statistics.median(r["train"]))
@@ -194,8 +205,8 @@ def compare(args, device, dtype):
     print(f"{'model':30}{'M params':>9}{'GMACs':>8}{'ratio':>8}   | {'s/clip':>9}{'ratio':>8}{'MFU':>10} | {'s/clip':>9}{'ratio':>8}{'MFU':>10}  | {memory:>9}{'ratio':>8}")
     for name, r in rows.items():
         print(f"{name:30}{r['params']:9.1f}{r['macs']:8.1f}{r['macs'] / first['macs']:8.2f}   | "
-              f"{r['forward']:9.4f}{r['forward'] / first['forward']:8.2f}{r['macs'] * 1e9 / rate / r['forward']:10.1%} | "
-              f"{r['train']:9.4f}{r['train'] / first['train']:8.2f}{3 * r['macs'] * 1e9 / rate / r['train']:10.1%}  | "
+              f"{r['forward']:9.4g}{r['forward'] / first['forward']:8.2f}{r['macs'] * 1e9 / rate / r['forward']:10.1%} | "
+              f"{r['train']:9.4g}{r['train'] / first['train']:8.2f}{3 * r['macs'] * 1e9 / rate / r['train']:10.1%}  | "
               f"{r['memory']:9.2f}{r['memory'] / first['memory']:8.2f}")
     print("memory: " + ("the step's peak of allocated memory above what was there, and 12 bytes per parameter: weights and AdamW's two moments" if device.type == "cuda"
                         else "tensors that autograd saves for the backward pass (a CPU has no allocator statistics)"))
@@ -246,7 +257,7 @@ def breakdown(args, device, dtype):
     rate = matmul_rate(device, dtype)
     print(f"\n{'module':16}{'times':>6}{'s each':>10}{'of the time':>13}{'of the arithmetic':>19}{'MFU':>8}")
     for kind, n, s, m in rows:
-        print(f"{kind:16}{n:6}{s:10.4f}{n * s / total:13.1%}{n * m / macs:19.1%}{3 * m / rate / s:8.1%}")
+        print(f"{kind:16}{n:6}{s:10.4g}{n * s / total:13.1%}{n * m / macs:19.1%}{3 * m / rate / s:8.1%}")
     rest = total - sum(n * s for _, n, s, _ in rows)
     print(f"{'between them':16}{'':6}{'':10}{rest / total:13.1%}{'':>19}   (slices and sums of the branches; embeddings, head)")
     print(f"{'whole model':16}{1:6}{total:10.4f}{1:13.1%}{1:19.1%}{3 * macs / rate / total:8.1%}")
@@ -353,6 +364,7 @@ def main():
     if args.pipeline:
         return pipeline(args)
     device = pick_device(args.device)
+    torch.set_float32_matmul_precision("high")          # as train.py: TF32 for what stays float32 on a GPU
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
     (breakdown if args.breakdown else compare)(args, device, dtype)
 

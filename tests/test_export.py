@@ -88,9 +88,11 @@ def test_bf16_is_finite_and_near_fp32(fusion, device):
     assert (rounded - logits).abs().max() < 0.05 * logits.abs().max()
 
 
-def test_no_graph_break_and_no_recompilation():
+@pytest.mark.parametrize("checkpointing", (False, True))
+def test_no_graph_break_and_no_recompilation(checkpointing):
     # `fullgraph` raises at the first graph break; after one training and one evaluation step nothing may compile again.
     model, video = tiny_and_clip(drop_path=0.1, ctm_drop_path=0.1, ctm_dropout=0.1, head_dropout=0.1, smem_branch="both", head="fused")
+    model.checkpointing = checkpointing
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
 
     def step():

@@ -405,6 +405,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_too(clips, tmp_path, monkey
     (["--dim", "40"], ["dim: checkpoint 32, now 40"]),
     (["--batch_size", "2"], ["batch_size: checkpoint 4, now 2"]),
     (["--weight_decay", "0.1"], ["weight_decay: checkpoint 0.05, now 0.1"]),
+    (["--label_smoothing", "0.2", "--no-flip"], ["label_smoothing: checkpoint 0.1, now 0.2", "flip: checkpoint True, now False"]),
     (["--seed", "6", "--stdm_layers"], ["seed: checkpoint 5, now 6", "stdm_layers: checkpoint (0,), now ()"]),     # every difference
 ])
 def test_resume_refuses_another_run(finished, clips, flags, words):
