@@ -194,8 +194,9 @@ class Run:
         """dict(top1, top5, line), or None when the run is not finished. Raises ValueError when it was run with other flags."""
         if not self.result_file.is_file():
             return None
-        found, settings = data.read_json(self.result_file), json.loads(json.dumps(self.settings))        # tuples as JSON has them
-        other = [f"  {k}: {found['settings'].get(k)!r}, now {v!r}" for k, v in settings.items() if found["settings"].get(k) != v]
+        found, now = data.read_json(self.result_file), json.loads(json.dumps(self.settings))             # tuples as JSON has them
+        then = found.get("settings", {})
+        other = [f"  {k}: {then.get(k)!r}, now {v!r}" for k, v in now.items() if then.get(k) != v]
         if other:
             raise ValueError(f"{self.result_file}: was run with other flags; give the same, or another --out_dir:\n" + "\n".join(other))
         return found
@@ -299,7 +300,7 @@ def spread(values):
 def write_table(path, title, table, runs, args):
     """Markdown: one line per row, with the paper's numbers beside ours where it has any. runs: a list per row, one Run per seed."""
     paper = [f"paper, {table.source}, top-1 / top-5"] * any(row.paper for row in table.rows)
-    columns = ["", *paper, "top-1", "top-5", "seeds", "M params", "GMACs"]
+    columns = ["row", *paper, "top-1", "top-5", "seeds", "M params", "GMACs"]
     lines = [f"**{title}** ({table.base}). {args.dataset}, seeds {' '.join(map(str, args.seeds))}" + (f", train.py flags {shlex.join(args.train_flags)}" if args.train_flags else ""), "",
              "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row, row_runs in zip(table.rows, runs):
@@ -332,7 +333,7 @@ def draw_table(path, title, table, runs):
         axis.errorbar(mean, y, xerr=deviation, fmt="|", color="#0072B2", capsize=4, markersize=12)
         axis.plot(values, [y] * len(values), "o", color="#D55E00", markersize=4, alpha=0.7)
     axis.set_yticks(range(len(rows)), [row.label for row, _ in rows])
-    axis.set(xlabel="top-1, % (dots: seeds; bar: mean and one standard deviation)", title=title, ylim=(max(len(rows), 1) - 0.5, -0.5))
+    axis.set(xlabel="top-1, %\ndots: seeds; bar: mean and one standard deviation", title=title, ylim=(max(len(rows), 1) - 0.5, -0.5))
     axis.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=110)
 
