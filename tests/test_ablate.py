@@ -154,7 +154,7 @@ def test_a_failing_row_is_reported_and_not_tabled(toy, tmp_path, capfd):
 
 def test_a_stopped_row_goes_on(toy, tmp_path):
     command = [sys.executable, str(ROOT / "scripts" / "ablate.py"), "--table", "1", "--seeds", "0", "--data_root", str(toy), "--out_dir", str(tmp_path), "--",
-               "--epochs", "60", "--warmup_epochs", "0", "--batch_size", "20", "--depth", "2", "--save_minutes", "0", "--eval_every", "60", "--workers", "0"]
+               "--epochs", "30", "--warmup_epochs", "0", "--batch_size", "20", "--depth", "2", "--save_minutes", "0", "--eval_every", "30", "--workers", "0"]
     seed = tmp_path / "toy" / "std_former" / "seed0"
     process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     wait_until = time.monotonic() + 120
@@ -168,7 +168,7 @@ def test_a_stopped_row_goes_on(toy, tmp_path):
     assert again.returncode == 0, again.stdout
     assert "--resume" not in again.stdout and seed.with_suffix(".json").is_file()
     steps = [json.loads(line)["step"] for line in (seed / "log.jsonl").read_text().splitlines() if '"train"' in line]
-    assert steps == list(range(1, 61))                           # a row per epoch of one step, none twice
+    assert steps == list(range(1, 31))                           # a row per epoch of one step, none twice
 
 
 def test_plots_are_drawn(tmp_path):
