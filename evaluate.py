@@ -48,6 +48,11 @@ def setup_processes(device="auto"):
     return dist.get_rank(), dist.get_world_size()
 
 
+def usable_cores():
+    """The numbers of the CPU cores that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
 def pick_device(name="auto"):
     """This process's torch.device. Raises ValueError where the machine has none of that name."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -110,6 +115,20 @@ def kill_workers():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # else PyTorch takes this for a crash
     for worker in multiprocessing.active_children():
         worker.kill()
+
+
+def run_program(name, main):
+    """main() as a command line: what a person can mend ends it with one line behind the program's name, and no data worker stays behind."""
+    faulthandler.enable()                               # without workers, a decoder that crashes leaves at least a stack trace
+    try:
+        main()
+    except (ValueError, OSError, FloatingPointError, RuntimeError, data.ClipError) as e:
+        e = data.worker_error(e)
+        if isinstance(e, RuntimeError):
+            raise
+        sys.exit(f"{name}: {data.reason(e)}")
+    finally:
+        kill_workers()
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -338,13 +357,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    faulthandler.enable()                               # without workers, a decoder that crashes leaves at least a stack trace
-    try:
-        main()
-    except (ValueError, OSError, RuntimeError, data.ClipError) as e:
-        e = data.worker_error(e)
-        if isinstance(e, RuntimeError):
-            raise
-        sys.exit(f"evaluate.py: {data.reason(e)}")
-    finally:
-        kill_workers()
+    run_program("evaluate.py", main)

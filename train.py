@@ -8,7 +8,6 @@ Everything random follows from --seed: samples from (seed, epoch, clip), dropout
 stopped or killed and resumed is, on a CPU, the same run to the last bit, log included, with any number of data workers.
 """
 import argparse
-import faulthandler
 import json
 import math
 import os
@@ -32,7 +31,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 import data
-from evaluate import autocast, build_trained, evaluate, ignore_interrupt, kill_workers, load_checkpoint, pick_device, refuse, setup_processes
+from evaluate import autocast, build_trained, evaluate, ignore_interrupt, load_checkpoint, pick_device, refuse, run_program, setup_processes, usable_cores
 from model import MODELS, ModelConfig, add_model_flags, build_model, is_clip_parameter, load_clip, model_overrides, resize_positions
 
 # ----------------------------------------------------------------------------------------------------
@@ -329,14 +328,13 @@ THE_SAME = ("dataset", "batch_size", "epochs", "seed", "lr", "min_lr", "warmup_e
 
 
 def check_resume(checkpoint, path, args, config, classes):
-    """Refuse to go on with another model, class list or batch; name every difference."""
+    """Refuse to go on with another model, class list or recipe; name every difference."""
     old = checkpoint["model_config"]
     problems = [f"{k}: checkpoint {old.get(k)!r}, now {v!r}" for k, v in config.items() if old.get(k) != v]
     if checkpoint["classes"] != classes:
         gone, new = set(checkpoint["classes"]) - set(classes), set(classes) - set(checkpoint["classes"])
         problems.append(f"classes: {len(checkpoint['classes'])} in the checkpoint, {len(classes)} now; only there {sorted(gone)[:3]}, only now {sorted(new)[:3]}")
-    problems += [f"{k}: checkpoint {checkpoint['args'][k]!r}, now {getattr(args, k)!r}" for k in THE_SAME
-                 if checkpoint["args"][k] != getattr(args, k)]
+    problems += [f"{k}: checkpoint {checkpoint['args'][k]!r}, now {getattr(args, k)!r}" for k in THE_SAME if checkpoint["args"][k] != getattr(args, k)]
     if problems:
         raise ValueError(f"--resume: {path} is another run; give it the same flags, or start anew in another --out_dir:\n  " + "\n  ".join(problems))
 
@@ -354,7 +352,7 @@ def main(argv=None):
     rank, world = setup_processes(args.device)
     device = pick_device(args.device)
     master = rank == 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = len(usable_cores())
     per_process = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if device.type == "cpu":
         torch.set_num_threads(per_process)              # torchrun sets one thread
@@ -648,13 +646,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    faulthandler.enable()                               # without workers, a decoder that crashes leaves at least a stack trace
-    try:
-        main()
-    except (ValueError, OSError, FloatingPointError, RuntimeError, data.ClipError) as e:
-        e = data.worker_error(e)
-        if isinstance(e, RuntimeError):
-            raise
-        sys.exit(f"train.py: {data.reason(e)}")
-    finally:
-        kill_workers()
+    run_program("train.py", main)

@@ -12,7 +12,6 @@ The first two have the width and heads of the STD-Former that the flags describe
 closest to its number of parameters. They answer "is it the architecture, or would any transformer do?"; the other two are
 readings of the paper (README, "Where the paper is silent") that are not worth an argument in model.py.
 """
-import faulthandler
 import functools
 import sys
 from pathlib import Path
@@ -22,7 +21,6 @@ import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data
 import evaluate
 import train
 from model import Attention, Block, CTM, DropPath, MLP, ModelConfig, MODELS, SMEM, STDFormer
@@ -178,14 +176,5 @@ def main(argv):
     (train if program == "train" else evaluate).main(flags)
 
 
-if __name__ == "__main__":                              # as train.py and evaluate.py end
-    faulthandler.enable()
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError, FloatingPointError, RuntimeError, data.ClipError) as e:
-        e = data.worker_error(e)
-        if isinstance(e, RuntimeError):
-            raise
-        sys.exit(f"variants.py: {data.reason(e)}")
-    finally:
-        evaluate.kill_workers()
+if __name__ == "__main__":
+    evaluate.run_program("variants.py", lambda: main(sys.argv[1:]))

@@ -21,7 +21,7 @@ import data
 import evaluate
 import train
 import variants
-from model import MODELS, SMEM, build_model, count_macs
+from model import SMEM, build_model, count_macs
 from variants import VARIANTS, GatedSMEM, build
 
 
@@ -92,9 +92,9 @@ def test_a_rows_own_flags_win_and_evaluation_gets_what_it_needs():
 
 
 def test_plain_vits_are_compared_with_what_starts_as_they_do():
-    for dataset, clip in (("ssv1", "none"), ("toy", "none")):
+    for dataset in ("ssv1", "toy"):
         ours, *vits = runs_of(ablate.make_tables(dataset, 12)["controls"], dataset=dataset)[:3]
-        assert [run.settings["clip"] for run in (ours, *vits)] == [clip] * 3 and [run.variant for run in vits] == ["divided", "frames"]
+        assert [run.settings["clip"] for run in (ours, *vits)] == ["none"] * 3 and [run.variant for run in vits] == ["divided", "frames"]
     assert ablate.Run(args(dataset="ssv1"), ablate.make_tables("ssv1", 12)["controls"].rows[3], 0).settings["clip"] == "openai"
 
 
@@ -256,16 +256,19 @@ def test_plain_evaluation_refuses_the_gate(tmp_path):
         evaluate.build_trained(checkpoint, "x.pt")
 
 
-def test_plain_vits_refuse_clip_weights(toy, tmp_path, monkeypatch):
-    for module, name in ((train, "build_model"), (train, "load_clip"), (evaluate, "STDFormer")):       # what variants.py replaces, put back afterwards
+@pytest.fixture
+def put_back(monkeypatch):
+    """What variants.main replaces is put back afterwards."""
+    for module, name in ((train, "build_model"), (train, "load_clip"), (evaluate, "STDFormer")):
         monkeypatch.setattr(module, name, getattr(module, name))
+
+
+def test_plain_vits_refuse_clip_weights(toy, tmp_path, put_back):
     with pytest.raises(ValueError, match="--clip openai: DividedViT has .* layers"):
         variants.main(["divided", "train", "--data_root", str(toy), "--out_dir", str(tmp_path / "out"), "--clip", "openai", "--device", "cpu"])
 
 
-def test_a_variant_trains_and_evaluates_with_the_same_programs(toy, tmp_path, monkeypatch, capsys):
-    for module, name in ((train, "build_model"), (train, "load_clip"), (evaluate, "STDFormer")):       # what variants.py replaces, put back afterwards
-        monkeypatch.setattr(module, name, getattr(module, name))
+def test_a_variant_trains_and_evaluates_with_the_same_programs(toy, tmp_path, put_back, capsys):
     variants.main(["divided", "train", "--data_root", str(toy), "--out_dir", str(tmp_path / "out"), "--epochs", "1", "--warmup_epochs", "0", "--batch_size", "20",
                    "--workers", "0", "--depth", "2", "--device", "cpu"])
     assert "time_embedding" in torch.load(tmp_path / "out" / "last.pt", weights_only=True)["model"]
