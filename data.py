@@ -873,12 +873,12 @@ def check(args):
 def show(args, train_flags):
     """Write a contact sheet of training samples, after augmentation: one row each, 8 of its frames, its label above."""
     from train import check_args, get_args, make_datasets       # the very data set that train.py would use with these flags
-    from model import ModelConfig, MODELS, model_overrides
+    from model import config_from_flags
     train_args = get_args(["--dataset", args.dataset, "--data_root", args.data_root] + train_flags)
     check_args(train_args)
     if args.dataset == "toy":
         make_toy(args.data_root)
-    dataset, _ = make_datasets(train_args, ModelConfig(**{**MODELS[train_args.model], **model_overrides(train_args)}))
+    dataset, _ = make_datasets(train_args, config_from_flags(train_args))
     order = np.random.default_rng(train_args.seed).permutation(len(dataset))[:args.samples]
     size, columns, text, gap = max(96, min(dataset.size, 120)), 8, 22, 3
     sheet = Image.new("RGB", (columns * (size + gap), len(order) * (size + text + gap)), "white")

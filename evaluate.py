@@ -287,7 +287,7 @@ def main(argv=None):
     p.add_argument("--data_root", help="folder of the data set, where it is not the one trained from")
     p.add_argument("--dataset", choices=data.DATASETS, help="evaluate on another data set of the same classes (default: the one trained on)")
     p.add_argument("--split", default="validation", choices=("train", "validation", "test"), help="papers report validation; test has no labels: predictions only, with --save")
-    p.add_argument("--crops", type=int, default=3, choices=(1, 3), help="spatial views; 1 is three times as fast and about a point lower")
+    p.add_argument("--crops", type=int, default=3, choices=(1, 3), help="spatial views; 1 (the centre) costs a third and sees less of wide pictures")
     p.add_argument("--clips", type=int, default=1, help="temporal views: several sets of frames per clip, shifted within their segments")
     p.add_argument("--control", choices=("none", "shuffle", "single"), help="disturb time (default: as in training)")
     p.add_argument("--skip_list", metavar="FILE", help="clip ids that cannot be read, one per line; they count as wrong")
@@ -303,6 +303,8 @@ def main(argv=None):
 
     rank, world = setup_processes(args.device)
     device = pick_device(args.device)
+    if args.precision == "fp32":
+        torch.backends.cudnn.allow_tf32 = False         # else cuDNN rounds what a convolution reads to TF32
     checkpoint = load_checkpoint(args.ckpt, ("model", "model_config", "classes", "mean", "std", "args"))
     trained = checkpoint["args"]
     model = build_trained(checkpoint, args.ckpt).to(device).eval()

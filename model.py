@@ -14,9 +14,9 @@ Figure 1 in code (STDFormer.forward_features), for each layer i
 
     video -- stem --+-- x --[ Block or PTM ]--[ SMEM ]--+-------------(+)-- x    spatio-temporal branch
                     |                        (Table 6)  | query         ^
-                    |                                   v               |
+                    |                                   v               | STDM
                     +-- y ----------- memory --------[ CTM ]--[ SMEM ]--+-- y    temporal branch
-                                                                      STDM
+
     logits = head(mean over T, H, W of the last y)
 """
 import argparse
@@ -53,7 +53,7 @@ class ModelConfig:
     num_frames: int = option(16, "F, frames per clip; 32 costs twice the time of 16")
     image_size: int = option(224, "S, pixels of a (square) frame; a multiple of the patch size")
     patch_size: int = option(16, "pixels of a patch; fixed by the CLIP weights")
-    stem_stride: int = option(2, "temporal stride of the stem: T = F / stride. 1 keeps every frame at twice the cost")
+    stem_stride: int = option(2, "temporal stride of the stem: T = F / stride. 1 makes a token frame of every frame, at twice the cost")
     stem_kernel: int = option(3, "frames under the stem's convolution, odd; 1 looks at single frames")
     dim: int = option(768, "D, the width")
     depth: int = option(12, "L, layers of each branch")
@@ -71,9 +71,9 @@ class ModelConfig:
     ctm_residual: str = option("query", "what CTM's attention is added to", ("query", "memory", "both"))
     ctm_cpe: str = option("memory", "CPE on CTM's memory, or on its query too", ("memory", "both"))
     stdm_layers: tuple = option(None, "layers whose y is diffused into the next layer's x; default: all but the last")
-    smem_layers: tuple = option(None, "SMEM positions (Table 6); default: L // 3 (of 12: 4)")
+    smem_layers: tuple = option(None, "SMEM positions (Table 6), in the branch of smem_branch; default: L // 3 (of 12: 4)")
     smem_branch: str = option("temporal", "branch that SMEM acts on (Table 6)", ("temporal", "spatiotemporal", "both"))
-    smem_st_layers: tuple = option(None, "with smem_branch both: the positions in the ST-branch; default: as smem_layers")
+    smem_st_layers: tuple = option(None, "with smem_branch both: the positions in the ST-branch, smem_layers then being the T-branch's; default: the same")
     smem_fusion: str = option("mul", "how SMEM compares two places (Table 4)", ("mul", "add", "mul+add"))
     head: str = option("temporal", "classify y, or y fused with the ST-branch's class token", ("temporal", "fused"))
     drop_path: float = option(0.0, "stochastic depth of the ST-branch, rising to this at the last layer")
@@ -109,6 +109,10 @@ class ModelConfig:
             refuse("stem_kernel", "an odd number, so that one frame is its centre")
         if self.ptm_shortcut == "conv" and not self.ptm_conv.startswith("residual"):
             refuse("ptm_shortcut", f"identity: with ptm_conv = {self.ptm_conv} no convolution stands beside the attention")
+        if self.beta != 1 and not self.ptm_conv.startswith("residual"):
+            refuse("beta", f"1: with ptm_conv = {self.ptm_conv} the convolution has no weight of its own")
+        if self.ptm_conv_plane == "space" and not self.ptm_conv.endswith("2d"):
+            refuse("ptm_conv_plane", f"time: with ptm_conv = {self.ptm_conv} the convolution has no plane")
         if self.dim % self.heads:
             refuse("heads", f"a divisor of dim = {self.dim}")
         if self.dim % 8:
@@ -235,8 +239,8 @@ class Block(nn.Module):
 class DPE(nn.Module):
     """Dynamic position encoding: tells each place what stands there just before and after.
 
-    Section 3.2, Fig. 2: a 1x1x1, a (depthwise) 3x1x1 and a 1x1x1 convolution. No activation between them is
-    mentioned, so there is none. On tokens a 1x1x1 convolution is a Linear layer.
+    Section 3.2, Fig. 2: 1x1x1, 3x1x1 and 1x1x1 convolutions, "depthwise separable": the 3x1x1 is depthwise. No
+    activation between them is mentioned, so there is none. On tokens a 1x1x1 convolution is a Linear layer.
     patches: (B, T, N, D) -> the same.
     """
 
@@ -312,6 +316,7 @@ class PTM(nn.Module):
         self.mlp = MLP(dim)
         self.conv = PTMConv(dim, dims=int(conv[-2]), plane=conv_plane)
         self.alpha = nn.Parameter(torch.tensor(float(alpha))) if learn_fusion else alpha
+        self.beta = 1.0                                 # without a weight of its own: behind the attention
         if self.conv_at == "residual":
             self.beta = nn.Parameter(torch.tensor(float(beta))) if learn_fusion else beta
         self.drop_path = DropPath(drop_path if shortcut == "identity" else 0.0)     # without an identity nothing would be left
@@ -323,9 +328,9 @@ class PTM(nn.Module):
         x = x + on_patches(self.dpe(x[:, :, 1:]))
         z = self.ln_1(x)
         y1 = self.attn(z.flatten(0, 1) if self.attention == "space" else z.flatten(1, 2)).view_as(x)
-        y = y1 + self.alpha * self.mlp(self.ln_2(x))
-        y3 = on_patches(self.conv((y1 if self.conv_at == "attention" else x)[:, :, 1:], grid))
-        y = y + (y3 if self.conv_at == "attention" else self.beta * y3)         # Eq. 1
+        y2 = self.mlp(self.ln_2(x))
+        y3 = on_patches(self.conv((x if self.conv_at == "residual" else y1)[:, :, 1:], grid))
+        y = y1 + self.alpha * y2 + self.beta * y3       # Eq. 1
         if self.shortcut == "conv":
             x = F.pad(x[:, :, :1], (0, 0, 0, x.shape[2] - 1))                   # only the class token keeps its identity
         return x + self.drop_path(y)
@@ -349,10 +354,10 @@ class CPE(nn.Module):
 
     def forward(self, y):
         # The kernel's three frames as three 2D convolutions: half the time of the 3D one, whose depthwise kernels are slow.
-        def frame_tap(t, bias=None):
-            z = F.conv2d(y.flatten(0, 1).movedim(-1, 1), self.conv.weight[:, :, t], bias, padding=1, groups=y.shape[-1])
+        def frame_tap(k, bias=None):
+            z = F.conv2d(y.flatten(0, 1).movedim(-1, 1), self.conv.weight[:, :, k], bias, padding=1, groups=y.shape[-1])
             z = z.movedim(1, -1).reshape(y.shape)
-            return F.pad(z, (0, 0, 0, 0, 0, 0, 1 - t, t - 1))                   # frame t-1 counts for frame t: shift along T
+            return F.pad(z, (0, 0, 0, 0, 0, 0, 1 - k, k - 1))                   # tap k adds frame t+k-1 to frame t: shift along T
 
         return frame_tap(0) + frame_tap(1, self.conv.bias) + frame_tap(2)
 
@@ -368,8 +373,8 @@ class CTM(nn.Module):
                 "memory": z = y + CMHA; "both": z = x + y + CMHA
     cpe         "memory" as above; "both" gives the query a CPE of its own (else it does not know its time)
     dropout     inside the FFN;  drop_path: on CMHA and on FFN
-    x, y: (B, T, H, W, D) -> (B, T, H, W, D). The output projection must never start at zero: earlier layers get
-    their gradient through it alone.
+    x, y: (B, T, H, W, D) -> (B, T, H, W, D). The output projection must not start at zero: beside an STDM that does
+    (load_clip), it is all that gives earlier CTMs a gradient.
     """
 
     def __init__(self, dim, heads, residual="query", cpe="memory", dropout=0.0, drop_path=0.0):
@@ -489,8 +494,8 @@ class SMEM(nn.Module):
             f = F.interpolate(f, self.grid, mode="bilinear")
         c = self.correlation(f.flatten(2).transpose(1, 2).unflatten(0, (B, T)))
         c = torch.cat([c, c[:, -1:]], dim=1)                                    # (B, T, N, N)
-        c = c.flatten(0, 1).unflatten(1, self.grid).movedim(-1, 1)              # (B*T, N, H, W)
-        motion = self.conv_out(self.stages(c))                                  # (B*T, D, H/2, W/2)
+        c = c.flatten(0, 1).unflatten(1, self.grid).movedim(-1, 1)              # (B*T, N, *grid)
+        motion = self.conv_out(self.stages(c))                                  # (B*T, D, half of the grid)
         motion = F.interpolate(motion, (H, W), mode="bilinear")
         return y + motion.movedim(1, -1).unflatten(0, (B, T))
 
@@ -534,8 +539,9 @@ class STDFormer(nn.Module):
             if i in c.ptm_layers else Block(c.dim, c.heads, p) for i, p in enumerate(rising(c.drop_path)))
         self.ctm = nn.ModuleList(CTM(c.dim, c.heads, c.ctm_residual, c.ctm_cpe, c.ctm_dropout, p) for p in rising(c.ctm_drop_path))
         self.stdm = at(c.stdm_layers, lambda: STDM(c.dim))
-        self.smem_t = at(c.smem_layers if c.smem_branch != "spatiotemporal" else (), lambda: SMEM(c.dim, self.grid, c.smem_fusion))
-        self.smem_st = at(c.smem_layers if c.smem_branch == "spatiotemporal" else c.smem_st_layers, lambda: SMEM(c.dim, self.grid, c.smem_fusion))
+        t_layers, st_layers = ((), c.smem_layers) if c.smem_branch == "spatiotemporal" else (c.smem_layers, c.smem_st_layers)
+        self.smem_t = at(t_layers, lambda: SMEM(c.dim, self.grid, c.smem_fusion))
+        self.smem_st = at(st_layers, lambda: SMEM(c.dim, self.grid, c.smem_fusion))
 
         if c.head == "fused":
             self.gate = nn.Parameter(torch.zeros(c.dim))
@@ -547,11 +553,12 @@ class STDFormer(nn.Module):
     def init_weights(self):
         """Random start (the paper always starts from CLIP; this is ours, for what CLIP does not have, and for training without it).
 
-        every Linear               truncated normal, std D^-0.5; bias 0. CLIP's own; the usual 0.02 learns far more slowly in a narrow model
+        every Linear               truncated normal, std D^-0.5; bias 0. As in CLIP's text tower, where it is normal; the usual 0.02 learns far more slowly in a narrow model
         outputs added to a branch  the same, std (2 L D)^-0.5: attn.out_proj, mlp.c_proj, ctm.out_proj, dpe.expand,
                                    PTM's conv.expand, stdm.pointwise
         convolutions, norms        PyTorch's
         class and positions        normal, std D^-0.5, as CLIP's
+        alpha, beta; gate          as configured; 0, which is half and half
         """
         std = self.config.dim ** -0.5
         residual_std = std * (2 * self.config.depth) ** -0.5
@@ -568,7 +575,7 @@ class STDFormer(nn.Module):
     def stem(self, video):
         """Cut the video into tokens: (B, 3, F, S, S) -> x (B, T, 1+N, D) and the grid (H, W)."""
         c = self.config
-        B, C, n, S, S2 = video.shape if video.ndim == 5 else (0,) * 5
+        B, C, n, S, S2 = video.shape if video.ndim == 5 else (0,) * 5           # n: F, whose letter is torch.nn.functional's here
         if C != 3 or S != S2 or S % c.patch_size or n % c.stem_stride:
             raise ValueError(f"video: got {tuple(video.shape)}, expected (B, 3, F, S, S) with F a multiple of {c.stem_stride} "
                              f"and S of {c.patch_size} (this model was built for F = {c.num_frames}, S = {c.image_size})")
@@ -695,15 +702,16 @@ def read_clip_weights(source, model):
             raise ValueError(f"--clip {source}: not a whole safetensors file ({e})") from e
     else:
         state = load_tensors(source, script=True)
-        state = state.get("state_dict", state) if isinstance(state, dict) else {}       # open_clip's training checkpoints
-    state = {str(k).removeprefix("module."): v for k, v in state.items()}
+        if isinstance(state, dict):
+            state = state.get("state_dict", state)      # open_clip's training checkpoints
+    state = {str(k).removeprefix("module."): v for k, v in state.items()} if isinstance(state, dict) else {}
     if any(k.startswith("visual.") for k in state):     # a whole CLIP: drop the text tower
         state = {k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")}
     state.pop("proj", None)                             # CLIP's projection to the text space; our head replaces it
-    if "conv1.weight" not in state:
+    if not torch.is_tensor(state.get("conv1.weight")):
         raise ValueError(f"--clip {source}: no CLIP vision transformer in it (no conv1.weight); found {', '.join(list(state)[:5])} ... "
                          "Expected OpenAI's ViT-B-16.pt or ViT-L-14.pt, or a checkpoint of open_clip")
-    return {k: v.float() for k, v in state.items()}
+    return {k: v.float() for k, v in state.items() if torch.is_tensor(v)}
 
 
 def is_clip_parameter(name, config):
@@ -717,7 +725,7 @@ def is_clip_parameter(name, config):
 def load_clip(model, source):
     """Start from CLIP: copy its image tower and silence every new path into the ST-branch, so that fine-tuning starts there.
 
-    Section 4.2: "trained based on the parameters of CLIP"; the how is ours. CLIP's patch embedding goes into the
+    Section 4.2: "trained based on the parameters of Contrastive Language-Image Pre-training (CLIP)"; the how is ours. CLIP's patch embedding goes into the
     centre frame of the stem's kernel (inflation, Carreira & Zisserman 2017), its ln_post to the head. Zeroed: the last
     layer of DPE, of PTM's convolution (unless it is the shortcut), of STDM, and of an ST-branch SMEM.
     source: "openai" (fetched by open_clip), or a file: OpenAI's TorchScript archive, an open_clip checkpoint (.pt, .bin,
@@ -771,9 +779,10 @@ def add_model_flags(parser):
             parser.add_argument(f"--{f.name}", default=None, help=f.metadata["help"] + ("" if f.default is None else f" (b16 as built by model.py: {f.default})"), **kind)
 
 
-def model_overrides(args):
-    """The ModelConfig fields that were set by flags, for build_model."""
-    return {f.name: getattr(args, f.name) for f in fields(ModelConfig) if getattr(args, f.name, None) is not None}
+def config_from_flags(args, **overrides):
+    """The ModelConfig of --model with the fields that flags of add_model_flags set, then the overrides. Raises ValueError for impossible values."""
+    flags = {f.name: getattr(args, f.name) for f in fields(ModelConfig) if getattr(args, f.name, None) is not None}
+    return ModelConfig(**{**MODELS[args.model], **flags, **overrides})
 
 
 def count_macs(model, batch=1):
@@ -791,7 +800,7 @@ def main():
     args = parser.parse_args()
     try:
         with torch.device("meta"):                      # shapes only: nothing is allocated or computed
-            model = build_model(args.model, **model_overrides(args)).eval()
+            model = STDFormer(config_from_flags(args)).eval()
     except ValueError as e:
         parser.error(str(e))
     c = model.config

@@ -32,7 +32,7 @@ from torchvision.transforms import v2
 
 import data
 from evaluate import autocast, build_trained, evaluate, ignore_interrupt, load_checkpoint, pick_device, refuse, run_program, setup_processes, usable_cores
-from model import MODELS, ModelConfig, add_model_flags, build_model, is_clip_parameter, load_clip, model_overrides, resize_positions
+from model import STDFormer, add_model_flags, config_from_flags, is_clip_parameter, load_clip, resize_positions
 
 # ----------------------------------------------------------------------------------------------------
 # Configuration
@@ -56,7 +56,8 @@ def get_args(argv=None):
     recipe = known.recipe or ("toy" if known.dataset == "toy" else "paper")
 
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                                epilog="Defaults shown are those of --dataset and --recipe as given beside --help.")
+                                epilog=textwrap.fill(f"Defaults shown are those of --dataset and --recipe as given beside --help; recipe {recipe} sets "
+                                                          + ", ".join(f"{k} {v}" for k, v in RECIPES.get(recipe, {}).items()), 100))
     # files
     p.add_argument("--dataset", default="toy", choices=data.DATASETS, help="ssv1: frame folders, ssv2: webm files (own data too, in either layout), toy: made here")
     p.add_argument("--recipe", choices=list(RECIPES), help="whose defaults to take (default: paper for ssv1 and ssv2); toy trains the tiny model from scratch, on any data")
@@ -154,7 +155,7 @@ def check_args(args):
         ("out_dir", os.path.isdir(a.out_dir) or not os.path.exists(a.out_dir), "a folder, or a name for a new one"),
         ("out_dir", os.path.abspath(a.out_dir) != os.path.abspath(a.data_root), "another folder than --data_root"),
     ])
-    ModelConfig(**{**MODELS[args.model], **model_overrides(args)})              # refuses impossible models
+    config_from_flags(args)                             # refuses impossible models
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -393,10 +394,9 @@ def main(argv=None):
 
     # ===== data =====
     classes = data.read_classes(args.dataset, args.data_root, quiet=not master)
-    overrides = dict(model_overrides(args), num_classes=len(classes))
+    config = config_from_flags(args, num_classes=len(classes))
     torch.manual_seed(args.seed)
-    model = build_model(args.model, **overrides)
-    config = model.config
+    model = STDFormer(config)
     train_set, val_set = make_datasets(args, config)
     steps_per_epoch = len(train_set) // args.batch_size
     if steps_per_epoch == 0:

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data
 from evaluate import usable_cores
-from model import MODELS, ModelConfig, STDFormer, count_macs, model_overrides
+from model import MODELS, STDFormer, config_from_flags, count_macs
 from train import get_args, replacing
 from variants import VARIANTS
 
@@ -101,7 +101,7 @@ def make_tables(dataset, depth):
     return {
         "1": Table("STD-Former beside published models", "the paper's numbers have several protocols, 16x1x1 to 64x1x3; ours and UniFormerV2-B's is 16x3x1", [
             Row(name, "" if name == "STD-Former" else None, paper) for name, paper in published.items()], "SSV2" if dataset == "ssv2" else "SSV1"),
-        "2": Table("components", "CTM with plain blocks", [
+        "2": Table("components", "the base is CTM with plain blocks", [
             Row("CTM", CTM_ONLY, "56.8 / 84.0"), Row("CTM + PTM", CTM_PTM, "57.2 / 84.3"), Row("CTM + STDM", "--ptm_layers --smem_layers", "57.0 / 84.2"),
             Row("CTM + SMEM", CTM_SMEM, "57.1 / 84.2"), Row("all four", "", "57.3 / 84.4")]),
         "3": Table("design of PTM", "CTM + PTM; the paper's prose gives 57.0 / 84.1 for the third row", [
@@ -127,7 +127,7 @@ def make_tables(dataset, depth):
             Row("stem: stride 1, twice the token frames", "--stem_stride 1"), Row("stem: kernel over 1 frame, skips every second", "--stem_kernel 1"),
             Row("STDM: into the last third only", f"--stdm_layers {into_last_third}"), Row("STDM: nowhere", "--stdm_layers"),
             Row("SMEM: gates instead of adds", variant="smem_gate"), Row("head: fused with the ST-branch", "--head fused")]),
-        "controls": Table("controls", "what is learned without order, without motion, and by plain transformers of about equal parameters (within 7 %) and arithmetic (11 %)", [
+        "controls": Table("controls", "what is learned without order or without motion, and by plain transformers: parameters within 7 %, arithmetic within 11 %", [
             *(Row(name + without, untrained, variant=variant) for name, variant in plain), *([Row("STD-Former")] if without else []),
             Row("STD-Former, frames shuffled", "--control shuffle"), Row("STD-Former, one frame", "--control single")]),
         "difficulty": Table("accuracy against difficulty", "the toy's --difficulty: long clips with a short motion, low contrast, texture, moving distractors", [
@@ -167,7 +167,7 @@ class Run:
         common = ["--dataset", args.dataset, "--data_root", root] + args.train_flags
         flags = common + shlex.split(row.flags) + ["--seed", str(seed)]
         trained, plain, bare = (get_args(words) for words in (flags, common, ["--dataset", args.dataset]))
-        self.config, plain_config = (ModelConfig(**{**MODELS[a.model], **model_overrides(a), "num_classes": args.classes}) for a in (trained, plain))
+        self.config, plain_config = (config_from_flags(a, num_classes=args.classes) for a in (trained, plain))
         self.settings = {key: value for key, value in {**vars(trained), **asdict(self.config), "variant": row.variant}.items() if key not in NO_MATTER}
         self.settings["data_root"] = os.path.abspath(root)
 
@@ -322,7 +322,7 @@ def draw_table(path, title, table, runs):
     """One dot per seed and a bar of one standard deviation around their mean, row by row. Needs matplotlib."""
     from matplotlib.figure import Figure
     rows = top1_by_row(table, runs)
-    figure = Figure(figsize=(7, 0.9 + 0.32 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(7, 0.9 + 0.32 * max(len(rows), 3)), layout="constrained")
     axis = figure.subplots()
     for y, (_, values) in enumerate(rows):
         mean, deviation = mean_and_deviation(values)

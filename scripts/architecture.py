@@ -306,7 +306,7 @@ def stdm(x, y, w, h):
             text(corner + 20, 192, frame, "small", 11)
             grid(corner, 198, 8, lambda r, c: (1 if (r, c, k) == (2, 2, 1) else 0.45) * (k in frames and max(abs(r - 2), abs(c - 2)) <= reach), "back")
         text(22 + 166 * g + 68, 256, caption, "small", 12, room=190)
-    text(18, 284, "These two act on each channel by itself, the third mixes channels.", "small", 12, "start", room=480)
+    text(18, 284, "Both convolutions act on each channel by itself; pointwise mixes them.", "small", 12, "start", room=480)
     end()
 
 
@@ -326,7 +326,7 @@ def smem(x, y, w, h):
     line([(130, 216), (194, 216)], "t")
     text(84, 278, "place i, frame t", "small", 12)
     text(240, 278, "all places, frame t+1", "small", 12)
-    for k, words in enumerate(("N products at each place:", "a map with N channels.", "The peak, seen from i, is", "the motion. T-1 such maps;", "the last one is repeated.")):
+    for k, words in enumerate(("N products at each place:", "a map with N channels.", "A peak, seen from i, would", "be motion. T-1 such maps;", "the last one is repeated.")):
         text(326, 188 + 18 * k, words, "small", 12, "start", room=185)
     end()
 

@@ -296,7 +296,7 @@ def sigterm(folder, times=3, seed=0):
     succeed(*start_two_ranks(command(folder, out, "--resume")))
     found += differences(out, expected)
     yield ("SIGTERM to one of two ranks in training, to both in a validation", times,
-           f"both left after steps {', '.join(map(str, stops))}, {in_validation} in a validation, within {slowest:.1f} s; {len(found)} differences after the resume" + told(found),
+           f"both left within {slowest:.1f} s, after steps {', '.join(map(str, stops))} ({in_validation} of these in a validation); {len(found)} differences after the resume" + told(found),
            len(found) + (slowest > 20))
 
 
@@ -358,7 +358,7 @@ def full_disk(folder):
             subprocess.run(["mount", "-o", "remount,rw,size=100m", str(disk)], check=True)
             succeed(start(command(folder, out, "--resume", "--workers", "0")))
             found = differences(out, undisturbed(folder))
-            yield ("after these three, with room again: `--resume`", 1, f"{len(found)} differences from the undisturbed run" + told(found), len(found))
+            yield ("after the three small disks above, with room again: `--resume`", 1, f"{len(found)} differences from the undisturbed run" + told(found), len(found))
     except PermissionError as e:
         yield ("full and read-only disks", 0, f"not tried, {e}", 0)
 

@@ -8,11 +8,10 @@ divided     space-time ViT with divided attention (TimeSformer: Bertasius et al.
 ctm_zero    STD-Former whose CTMs start with an output of zero, as one does for paths added to a trained network
 smem_gate   STD-Former whose SMEM scales its input (by 2 sigmoid(m), as in TEA: Li et al., CVPR 2020) instead of adding to it
 
-The first two have the width and heads of the STD-Former that the flags describe, and the number of layers that comes
-closest to its number of parameters. They answer "is it the architecture, or would any transformer do?"; the other two are
+The first two have the width and heads of the STD-Former that the flags describe, and as many layers as its parameters
+make, counted behind its own stem. They answer "is it the architecture, or would any transformer do?"; the other two are
 readings of the paper (README, "Where the paper is silent") that are not worth an argument in model.py.
 """
-import functools
 import sys
 from pathlib import Path
 
@@ -23,11 +22,11 @@ from torch.utils.checkpoint import checkpoint
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 import train
-from model import Attention, Block, CTM, DropPath, MLP, ModelConfig, MODELS, SMEM, STDFormer
+from model import Attention, Block, CTM, DropPath, MLP, SMEM, STDFormer
 
 
 def layers_for(config, parameters_per_layer):
-    """The number of layers that brings a plain transformer closest to the parameters of the STD-Former of this config."""
+    """How many layers of a plain transformer have the parameters that the STD-Former of this config has behind its stem, rounded."""
     with torch.device("meta"):
         whole = sum(p.numel() for p in STDFormer(config).parameters())
     outside = config.dim * (3 * config.stem_kernel * config.patch_size ** 2 + (config.image_size // config.patch_size) ** 2 + config.num_classes)
@@ -125,7 +124,7 @@ class DividedViT(FrameViT):
 
 
 class ZeroCTM(STDFormer):
-    """STD-Former whose cross attention starts silent: y_i = x_i + FFN, and y_{i-1} has no way in until out_proj has grown."""
+    """STD-Former whose cross attention starts silent: until out_proj has grown, y_{i-1} reaches y_i by way of STDM and x_i alone."""
 
     def init_weights(self):
         super().init_weights()
@@ -156,11 +155,6 @@ class GateSTDFormer(STDFormer):
 VARIANTS = {"frames": FrameViT, "divided": DividedViT, "ctm_zero": ZeroCTM, "smem_gate": GateSTDFormer}
 
 
-def build(variant, name, **overrides):
-    """Build a variant as model.build_model builds STD-Former: the same size, the same fields."""
-    return VARIANTS[variant](ModelConfig(**{**MODELS[name], **overrides}))
-
-
 def no_clip(model, source):
     raise ValueError(f"--clip {source}: {type(model).__name__} has {len(model.blocks)} layers, which CLIP's weights do not fit; give --clip none")
 
@@ -169,10 +163,9 @@ def main(argv):
     if len(argv) < 2 or argv[0] not in VARIANTS or argv[1] not in ("train", "evaluate"):
         sys.exit(f"usage: python scripts/variants.py {'|'.join(VARIANTS)} train|evaluate FLAGS\n\n{__doc__}")
     variant, program, *flags = argv
-    train.build_model = functools.partial(build, variant)
+    train.STDFormer = evaluate.STDFormer = VARIANTS[variant]
     if issubclass(VARIANTS[variant], FrameViT):
         train.load_clip = no_clip
-    evaluate.STDFormer = VARIANTS[variant]              # of checkpoints
     (train if program == "train" else evaluate).main(flags)
 
 

@@ -384,8 +384,8 @@ def draw_order(out, c):
 def draw_relevance(out, c):
     """relevance.png: which places of which frames speak for (orange) and against (blue) the answer.
 
-    See `relevance` for what is computed. Bars: the same, summed over each frame. Each token stands for `stem stride` input frames
-    (drawn: the one in its middle) and sees one more on either side. Strong colours do not say that the model sees an object there,
+    See `relevance` for what is computed. Bars: the same, summed over each frame. Each token sees `stem kernel` input frames
+    (drawn: the one in their middle). Strong colours do not say that the model sees an object there,
     only that the number would be another one had this place stood still.
     """
     heat, own, still = c.relevance
@@ -602,16 +602,16 @@ def draw_ptm(out, c):
     """ptm.png: lengths of what each layer of the ST-branch adds to x, mean over patch tokens: attention, FFN and, in PTM, convolution.
 
     Section 3.2, Eq. 1: y = y1 + alpha y2 + beta y3, with the learned alpha and beta. Plain blocks have no third term and stand there to
-    compare. The line is the length of x that they are added to. Long does not mean important: the terms may point the same way or cancel.
+    compare. The line is the length of x as it comes into the layer. Long does not mean important: the terms may point the same way or cancel.
     """
     names, sizes, length = [], {"attention": [], "FFN": [], "convolution": []}, []
     for i, block in enumerate(c.model.blocks):
         x = c.seen[f"blocks.{i}"][0][0]
         y1, y2 = (c.seen[f"blocks.{i}.{part}"][1].reshape(x.shape)[:, :, 1:] for part in ("attn", "mlp"))
         if isinstance(block, PTM):
-            alpha, beta = (torch.as_tensor(getattr(block, name, 1)).item() for name in ("alpha", "beta"))
+            alpha, beta = (torch.as_tensor(weight).item() for weight in (block.alpha, block.beta))
             terms = (y1, alpha * y2, beta * c.seen[f"blocks.{i}.conv"][1])
-            names.append(f"layer {i}\nPTM\nalpha {alpha:.2f}" + (f"\nbeta {beta:.2f}" if hasattr(block, "beta") else ""))
+            names.append(f"layer {i}\nPTM\nalpha {alpha:.2f}" + (f"\nbeta {beta:.2f}" if block.conv_at == "residual" else ""))
         else:
             terms = (y1, y2)
             names.append(f"layer {i}\nblock")
@@ -623,7 +623,7 @@ def draw_ptm(out, c):
     axis = figure.subplots()
     for k, (name, colour) in enumerate(zip(sizes, (BLUE, ORANGE, GREEN))):
         axis.bar(np.arange(len(names)) + 0.25 * (k - 1), sizes[name], 0.23, color=colour, label=labels[name])
-    axis.plot(range(len(names)), length, color=INK, marker="o", ms=4, lw=1, ls=":", label="x, which they are added to")
+    axis.plot(range(len(names)), length, color=INK, marker="o", ms=4, lw=1, ls=":", label="x, as it comes in")
     axis.set_xticks(range(len(names)), names, fontsize=9)
     axis.set_ylabel("mean length over patch tokens", fontsize=9)
     axis.tick_params(axis="y", labelsize=8)

@@ -21,8 +21,8 @@ import data
 import evaluate
 import train
 import variants
-from model import SMEM, build_model, count_macs
-from variants import VARIANTS, GatedSMEM, build
+from model import MODELS, SMEM, ModelConfig, build_model, count_macs
+from variants import VARIANTS, GatedSMEM
 
 
 def args(**changes):
@@ -194,7 +194,7 @@ def test_mean_and_deviation():
 @pytest.mark.parametrize("size", ("tiny", "b16"))
 def test_variants_have_equal_parameters_and_arithmetic(variant, size):
     with torch.device("meta"):
-        ours, other = build_model(size), build(variant, size)
+        ours, other = build_model(size), VARIANTS[variant](ModelConfig(**MODELS[size]))
     count = [sum(p.numel() for p in m.parameters()) for m in (ours, other)]
     assert abs(count[1] / count[0] - 1) < 0.07, count
     macs = [count_macs(m)["Global"] for m in (ours, other)]
@@ -203,7 +203,7 @@ def test_variants_have_equal_parameters_and_arithmetic(variant, size):
 
 def small(variant, **changes):
     torch.manual_seed(0)
-    return build(variant, "tiny", **{**dict(depth=2, num_frames=8, num_classes=5), **changes}).eval()
+    return VARIANTS[variant](ModelConfig(**{**MODELS["tiny"], **dict(depth=2, num_frames=8, num_classes=5), **changes})).eval()
 
 
 def test_frames_ignores_order_and_divided_does_not():
@@ -259,7 +259,7 @@ def test_plain_evaluation_refuses_the_gate(tmp_path):
 @pytest.fixture
 def put_back(monkeypatch):
     """What variants.main replaces is put back afterwards."""
-    for module, name in ((train, "build_model"), (train, "load_clip"), (evaluate, "STDFormer")):
+    for module, name in ((train, "STDFormer"), (train, "load_clip"), (evaluate, "STDFormer")):
         monkeypatch.setattr(module, name, getattr(module, name))
 
 

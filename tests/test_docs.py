@@ -186,8 +186,7 @@ def test_walkthrough_commands_are_accepted():
     for python, script, *flags in commands:
         assert python == "python"
         if script == "train.py":
-            args = train.get_args(flags)
-            model.ModelConfig(**{**model.MODELS[args.model], **model.model_overrides(args)})
+            model.config_from_flags(train.get_args(flags))
         elif (ROOT / script).is_file():
             help_text = "".join((ROOT / script).read_text(encoding="utf-8"))
             fields = {f.name for f in dataclasses.fields(model.ModelConfig)} if script == "model.py" else set()

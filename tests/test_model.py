@@ -559,6 +559,8 @@ REFUSED += [(name, {name: (12,)}) for name in ("ptm_layers", "stdm_layers", "sme
     ("ptm_layers", dict(ptm_layers=(-1,))),
     ("ptm_layers", dict(ptm_layers=3)),
     ("ptm_shortcut", dict(ptm_shortcut="conv", ptm_conv="attention2d")),                # nothing would stand beside the attention
+    ("ptm_conv_plane", dict(ptm_conv_plane="space", ptm_conv="residual3d")),            # 3D has no plane
+    ("beta", dict(beta=0.5, ptm_conv="attention2d")),                                   # there is no beta
     ("alpha", dict(alpha=float("nan"))),
     ("learn_fusion", dict(learn_fusion="no")),
     ("stdm_layers", dict(stdm_layers=(3, 11))),                                         # behind the last layer

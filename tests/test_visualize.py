@@ -170,7 +170,7 @@ def test_every_picture_of_a_clip(ckpt, tmp_path, capsys):
 @pytest.mark.parametrize("options, absent", [
     (dict(ptm_layers=(), stdm_layers=(), smem_layers=()), {"ptm", "stdm", "smem"}),
     (dict(smem_branch="spatiotemporal", ptm_layers=(0, 1), ptm_conv="attention2d", ptm_attention="spacetime", head="fused"), set()),
-    (dict(smem_branch="both", smem_fusion="add", ptm_layers=(1,), ptm_conv="residual3d", ptm_shortcut="conv", ptm_conv_plane="space", learn_fusion=False), set()),
+    (dict(smem_branch="both", smem_fusion="add", ptm_layers=(1,), ptm_conv="residual3d", ptm_shortcut="conv", learn_fusion=False), set()),
     (dict(ptm_conv="attention3d", ctm_cpe="both", ctm_residual="memory", stem_stride=1, smem_fusion="mul+add", depth=1), {"stdm", "ptm"}),
     (dict(num_frames=2, smem_layers=()), {"ctm", "smem", "ptm", "relevance"}),
 ], ids=["CTM only", "ST-branch", "addition", "no stride", "one token frame"])

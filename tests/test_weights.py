@@ -329,6 +329,10 @@ def test_a_file_that_is_no_clip_says_so(tmp_path):
     file = saved({"layer1.0.weight": torch.zeros(3), "fc.weight": torch.zeros(3)}, tmp_path)
     with pytest.raises(ValueError, match=r"clip\.pt: no CLIP vision transformer in it .*found layer1\.0\.weight, fc\.weight"):
         load_clip(tiny(), file)
+    for held in (torch.zeros(3), {"state_dict": 3}, {"epoch": 3, "conv1.weight": "lost"}):
+        file = saved(held, tmp_path)
+        with pytest.raises(ValueError, match=r"clip\.pt: no CLIP vision transformer in it"):
+            load_clip(tiny(), file)
     with pytest.raises(FileNotFoundError, match="nowhere.pt"):
         load_clip(tiny(), tmp_path / "nowhere.pt")
     (tmp_path / "notes.pt").write_text("not a checkpoint")
