@@ -66,6 +66,20 @@ def progress(items, **options):
     return tqdm(items, dynamic_ncols=True, **options)
 
 
+def usable_cores():
+    """The numbers of the CPU cores that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def cores_per_process():
+    return max(1, len(usable_cores()) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))           # torchrun's number of processes here
+
+
+def default_workers():
+    """Data workers per process where none are asked for. A single core has none: it would only switch between the two."""
+    return min(8, cores_per_process()) if len(usable_cores()) > 1 else 0
+
+
 # ----------------------------------------------------------------------------------------------------
 # Annotations, in the official formats
 # ----------------------------------------------------------------------------------------------------
@@ -245,7 +259,7 @@ def eval_indices(n, F, clips=1):
     return np.concatenate([sample_indices(n, F, view=v, views=clips) for v in range(clips)])
 
 
-class ClipError(Exception):
+class ClipError(ValueError):
     """A clip that cannot be read, or that a data worker died on; the message has its path and the reason."""
 
 
@@ -634,7 +648,7 @@ def make_toy(root, seed=None, train=None, validation=None, difficulty=None):
         frames.mkdir()
         jobs = [(str(frames), i + 1, seed, "train", i, difficulty) for i in range(train)]
         jobs += [(str(frames), train + i + 1, seed, "validation", i, difficulty) for i in range(validation)]
-        with multiprocessing.get_context("spawn").Pool(min(8, os.cpu_count())) as pool:
+        with multiprocessing.get_context("spawn").Pool(min(8, len(usable_cores()))) as pool:
             done = list(progress(pool.imap(write_toy_clip, jobs, chunksize=16), total=len(jobs), desc=f"making toy data in {root}", unit=" clips"))
         for split, lines in ("train", done[:train]), ("validation", done[train:]):
             (aside / f"something-something-v1-{split}.csv").write_text("".join(f"{clip};{text}\n" for clip, text in lines))
@@ -830,20 +844,22 @@ def check(args):
     read_classes(args.dataset, args.data_root)
     if args.dataset == "ssv2":
         import_decord()                                 # say at once that it is not installed
-    paths = {}
+    paths, missing = {}, []
     for split in ("train", "validation", "test"):
         try:
             read_annotations(args.dataset, args.data_root, split)
-        except FileNotFoundError:
+        except FileNotFoundError as e:
             print(f"{split}: no annotation file, left out")
+            missing.append(e)
             continue
         dataset = VideoDataset(args.dataset, args.data_root, split)
         print(f"{split}: {len(dataset)} clips, {len(dataset.classes)} classes")
         paths.update({dataset.ids[i].decode(): dataset.path(i) for i in range(len(dataset))})
-    if paths:
-        extra = sorted({e.name for e in os.scandir(dataset.folder) if e.name[0] != "."} - {os.path.basename(path) for path in paths.values()})
-        if extra:
-            print(f"{dataset.folder}: {len(extra)} clips are in none of these splits and stay unused, as {', '.join(map(repr, extra[:3]))}")
+    if len(missing) == 3:
+        raise missing[0]
+    extra = sorted({e.name for e in os.scandir(dataset.folder) if e.name[0] != "."} - {os.path.basename(path) for path in paths.values()})
+    if extra:
+        print(f"{dataset.folder}: {len(extra)} clips are in none of these splits and stay unused, as {', '.join(map(repr, extra[:3]))}")
     bad, short = {}, {}
     results = progress(isolated(probe, paths.values(), args.jobs, args.timeout), total=len(paths), unit=" clips")
     for clip, (readable, text) in zip(paths, results):
@@ -903,7 +919,7 @@ def main(argv=None):
         c.add_argument("--dataset", default="toy", choices=DATASETS, help="which layout to expect")
         c.add_argument("--data_root", help="folder of the data set (default: datasets/DATASET)")
         c.add_argument("--out", default=out, help="file to write")
-    commands.choices["check"].add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that decode side by side")
+    commands.choices["check"].add_argument("--jobs", type=int, default=len(usable_cores()), help="processes that decode side by side")
     commands.choices["check"].add_argument("--timeout", type=float, default=60, help="seconds after which a decoder counts as hanging; raise it for long clips on slow disks")
     commands.choices["show"].add_argument("--samples", type=int, default=12, help="rows of the picture")
     toy = commands.add_parser("toy", help="make the toy data")
@@ -932,5 +948,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, ClipError) as e:
+    except (ValueError, OSError, ImportError) as e:
         sys.exit(f"data.py: {reason(e)}")

@@ -48,11 +48,6 @@ def setup_processes(device="auto"):
     return dist.get_rank(), dist.get_world_size()
 
 
-def usable_cores():
-    """The numbers of the CPU cores that this process may use."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-
-
 def pick_device(name="auto"):
     """This process's torch.device. Raises ValueError where the machine has none of that name."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -122,7 +117,9 @@ def run_program(name, main):
     faulthandler.enable()                               # without workers, a decoder that crashes leaves at least a stack trace
     try:
         main()
-    except (ValueError, OSError, FloatingPointError, RuntimeError, data.ClipError) as e:
+    except torch.OutOfMemoryError as e:
+        sys.exit(f"{name}: {str(e).splitlines()[0][:200]} Try --checkpointing, then a smaller --micro_batch (train.py), or a smaller --batch_size (evaluate.py)")
+    except (ValueError, OSError, FloatingPointError, RuntimeError, ImportError) as e:
         e = data.worker_error(e)
         if isinstance(e, RuntimeError):
             raise
@@ -270,6 +267,7 @@ def check_args(args):
         ("clips", a.clips >= 1, "1 or more"),
         ("batch_size", a.batch_size >= 1, "1 or more"),
         ("workers", a.workers >= 0, "0 or more"),
+        ("timeout", a.timeout >= 0, "0 (no limit) or more"),
         ("skip_list", not a.skip_list or os.path.isfile(a.skip_list), "a file that is there"),
         ("data_root", not a.data_root or os.path.isdir(a.data_root), "the folder of a data set"),
         ("save", not a.save or not os.path.isdir(a.save), "the name of a file"),
@@ -294,7 +292,7 @@ def main(argv=None):
     p.add_argument("--save", metavar="FILE.csv", help="per clip: id, true label, top-5 names and probabilities")
     p.add_argument("--report", metavar="DIR", help="per-class accuracy, most confused pairs, confusion matrix")
     p.add_argument("--batch_size", type=int, default=8, help="clips per process at once; each has crops x clips views")
-    p.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="data workers per process")
+    p.add_argument("--workers", type=int, default=data.default_workers(), help="data workers per process (default: %(default)s)")
     p.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="a data worker that gives nothing for so long counts as hanging; raise it for long clips on slow disks")
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="auto takes the first that is there")
     p.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="fp32 for numbers to report; bf16 is faster on GPUs")

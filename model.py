@@ -688,7 +688,10 @@ def read_clip_weights(source, model):
         name = {(768, 16): "ViT-B-16-quickgelu", (1024, 14): "ViT-L-14-quickgelu"}.get((c.dim, c.patch_size))
         if name is None:
             raise ValueError(f"--clip openai: there are weights for b16 and l14, not for width {c.dim} and patch {c.patch_size}; use --clip none")
-        import open_clip
+        try:
+            import open_clip
+        except ImportError as e:
+            raise ImportError("--clip openai: open_clip fetches the weights and is not installed: pip install open_clip_torch") from e
         try:
             state = open_clip.create_model(name, pretrained="openai").state_dict()
         except Exception as e:                          # open_clip, the hub client and the network each raise their own

@@ -31,7 +31,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 import data
-from evaluate import autocast, build_trained, evaluate, ignore_interrupt, load_checkpoint, pick_device, refuse, run_program, setup_processes, usable_cores
+from evaluate import autocast, build_trained, evaluate, ignore_interrupt, load_checkpoint, pick_device, refuse, run_program, setup_processes
 from model import STDFormer, add_model_flags, config_from_flags, is_clip_parameter, load_clip, resize_positions
 
 # ----------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def get_args(argv=None):
     p.add_argument("--seed", type=int, default=0, help="of everything; report several (default: %(default)s)")
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="auto takes the first that is there")
     p.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="auto: bf16 on GPUs that have it, else fp16 with a loss scaler; fp32 on CPU and MPS")
-    p.add_argument("--compile", action="store_true", help="torch.compile: a few minutes at the start, then faster; for CUDA. On several GPUs SyncBatchNorm may break its graph, --freeze_bn avoids that")
+    p.add_argument("--compile", action="store_true", help="torch.compile: a few minutes at the start, then faster; for CUDA. On several GPUs SyncBatchNorm breaks its graph (by PyTorch's code, not measured), so that little is gained; --freeze_bn avoids that")
     p.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass: much less memory, about a third more time")
     p.add_argument("--freeze_bn", action="store_true", help="BatchNorm keeps its running statistics in training; with --init_from, or to compare runs exactly (in a new run it then only scales and shifts)")
     p.add_argument("--log_every", type=int, default=20, help="steps between log lines (default: %(default)s)")
@@ -137,6 +137,7 @@ def check_args(args):
         ("eval_every", a.eval_every >= 1, "1 or more"),
         ("save_minutes", a.save_minutes >= 0, "0 (after each step) or more"),
         ("max_steps", a.max_steps is None or a.max_steps >= 1, "1 or more"),
+        ("timeout", a.timeout >= 0, "0 (no limit) or more"),
     ])
     local = a.batch_size // world
     refuse(args, [
@@ -145,8 +146,8 @@ def check_args(args):
         ("mixup", not a.mixup or local > 1, f"0: with {local} clip per process there is none to mix it with"),
         ("cutmix", not a.cutmix or local > 1, f"0: with {local} clip per process there is none to mix it with"),
         ("max_steps", a.max_steps is None or not a.dry_run, "to be left out with --dry_run, which takes five"),
-        ("clip", a.clip in ("openai", "none") or os.path.isfile(a.clip), "openai, none or a file that is there"),
-        ("init_from", not a.init_from or os.path.isfile(a.init_from), "a checkpoint file that is there"),
+        ("clip", a.clip in ("openai", "none") or a.resume or os.path.isfile(a.clip), "openai, none or a file that is there"),
+        ("init_from", not a.init_from or a.resume or os.path.isfile(a.init_from), "a checkpoint file that is there"),
         ("init_from", not a.init_from or a.clip in ("openai", "none"), f"to be left out with --clip {a.clip}, for a run starts from one of them"),
         ("freeze_clip", not a.freeze_clip or a.clip != "none" or a.init_from or a.resume, "--clip or --init_from beside it: with --clip none this would freeze random weights"),
         ("freeze_clip", not a.freeze_clip or a.clip_lr_scale == 1, f"to be left out with --clip_lr_scale {a.clip_lr_scale}: what is frozen has no learning rate"),
@@ -192,28 +193,19 @@ def make_datasets(args, config):
             data.VideoDataset(args.dataset, args.data_root, "validation", **common))
 
 
-class StepSampler(torch.utils.data.Sampler):
-    """The clips of each optimisation step, from `start` on: lists of (epoch, index) for this rank.
+def step_batches(clips, batch_size, start, stop, seed, rank, world):
+    """The clips of each optimisation step from `start` to before `stop`, for this rank: yields lists of (epoch, index).
 
     An epoch is a permutation drawn from (seed, epoch); its last, incomplete batch is dropped. Ranks deal out each global
     batch among themselves, so any number of ranks sees the same batches.
     """
-
-    def __init__(self, clips, batch_size, start, stop, seed, rank, world):
-        self.clips, self.batch_size, self.start, self.stop = clips, batch_size, start, stop
-        self.seed, self.rank, self.world = seed, rank, world
-
-    def __len__(self):
-        return self.stop - self.start
-
-    def __iter__(self):
-        order, order_epoch = None, None
-        for step in range(self.start, self.stop):
-            epoch, b = divmod(step, self.clips // self.batch_size)
-            if epoch != order_epoch:
-                order, order_epoch = np.random.default_rng([self.seed, epoch]).permutation(self.clips), epoch
-            batch = order[b * self.batch_size:(b + 1) * self.batch_size]
-            yield [(epoch, int(i)) for i in batch[self.rank::self.world]]
+    order, order_epoch = None, None
+    for step in range(start, stop):
+        epoch, b = divmod(step, clips // batch_size)
+        if epoch != order_epoch:
+            order, order_epoch = np.random.default_rng([seed, epoch]).permutation(clips), epoch
+        batch = order[b * batch_size:(b + 1) * batch_size]
+        yield [(epoch, int(i)) for i in batch[rank::world]]
 
 
 def not_written(path, error):
@@ -353,13 +345,12 @@ def main(argv=None):
     rank, world = setup_processes(args.device)
     device = pick_device(args.device)
     master = rank == 0
-    cores = len(usable_cores())
-    per_process = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    writes = master and not args.dry_run
     if device.type == "cpu":
-        torch.set_num_threads(per_process)              # torchrun sets one thread
+        torch.set_num_threads(data.cores_per_process())                         # torchrun sets one thread
     torch.set_float32_matmul_precision("high")          # TF32 for what stays float32 on a GPU
     if args.workers is None:
-        args.workers = min(8, per_process) if cores > 1 else 0
+        args.workers = data.default_workers()
     if args.precision == "auto":
         args.precision = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     local_batch = args.batch_size // world
@@ -381,7 +372,7 @@ def main(argv=None):
     resume = resume_from[found]
     if args.resume and not resume and not config_file.is_file():
         raise FileNotFoundError(f"--resume: {last} not found, nor a run that was begun there; give its --out_dir, or leave out --resume to begin one")
-    if master and not args.dry_run:
+    if writes:
         if not (args.resume or ours) and out_dir.exists() and any(f.suffix != ".tmp" for f in out_dir.iterdir()):
             raise ValueError(f"--out_dir {out_dir}: not empty; --resume goes on from its last.pt, else give a new folder")
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -438,7 +429,7 @@ def main(argv=None):
         if divmod(step, steps_per_epoch) != (checkpoint["epoch"], checkpoint["step_in_epoch"]):
             raise ValueError(f"--resume: {resume} is from another number of training clips ({len(train_set)} now); give it the same data and --skip_list")
         del checkpoint
-    if master and not args.dry_run:
+    if writes:
         cut_log(out_dir / "log.jsonl", step, validated)
     stop_at = total if args.max_steps is None else min(total, args.max_steps)
     if args.dry_run:
@@ -462,17 +453,16 @@ def main(argv=None):
         if args.resume and not resume:
             print(f"--resume: {out_dir} has no checkpoint yet, so the run begins at step 0")
 
-    def save(*names):
-        if master and not args.dry_run:
-            for name in names:
-                save_checkpoint(out_dir / name, dict(
-                    model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                    epoch=step // steps_per_epoch, step=step, step_in_epoch=step % steps_per_epoch, best=best, validated=validated,
-                    window=[pair.tolist() for pair in window],
-                    model_config=asdict(config), classes=classes, mean=list(data.CLIP_MEAN), std=list(data.CLIP_STD), args=vars(args)))
+    def save(name):
+        if writes:
+            save_checkpoint(out_dir / name, dict(
+                model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                epoch=step // steps_per_epoch, step=step, step_in_epoch=step % steps_per_epoch, best=best, validated=validated,
+                window=[pair.tolist() for pair in window],
+                model_config=asdict(config), classes=classes, mean=list(data.CLIP_MEAN), std=list(data.CLIP_STD), args=vars(args)))
 
     def log(**row):
-        if master and not args.dry_run:
+        if writes:
             try:
                 with open(out_dir / "log.jsonl", "a") as f:
                     f.write(json.dumps({k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()}) + "\n")
@@ -489,7 +479,7 @@ def main(argv=None):
     mixes = [v2.MixUp(alpha=args.mixup, num_classes=len(classes))] if args.mixup else []
     mixes += [v2.CutMix(alpha=args.cutmix, num_classes=len(classes))] if args.cutmix else []
     loader = iter(torch.utils.data.DataLoader(
-        train_set, batch_sampler=StepSampler(len(train_set), args.batch_size, step, stop_at, args.seed, rank, world),
+        train_set, batch_sampler=step_batches(len(train_set), args.batch_size, step, stop_at, args.seed, rank, world),
         num_workers=args.workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupt, timeout=args.timeout if args.workers else 0))
 
     asked_to_stop = []                                  # filled by a signal; the step in progress is finished first
@@ -503,20 +493,26 @@ def main(argv=None):
         there.record()
         return copy, there
 
-    def finite(stats):
-        loss, norm, _ = stats.tolist()
+    def finite(loss, norm):
         return math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())             # the scaler skips such steps itself
 
     def read(stats, there, at_step, lr, index):
         """What all ranks know about a step: raise if it is not finite, return whether anyone was asked to stop."""
         if there:
             there.synchronize()
-        if not finite(stats):
-            loss, norm, _ = stats.tolist()
+        loss, norm, stops = stats.tolist()
+        if not finite(loss, norm):
             clips = ", ".join(train_set.ids[i].decode() for i in index.tolist())
             raise FloatingPointError(f"loss {loss}, gradient norm {norm} at step {at_step}, lr {lr:.2e}; clips on rank {rank}: {clips}. "
                                      "last.pt holds an earlier step. Lower --lr, lengthen --warmup_epochs, or use --precision bf16 or fp32")
-        return bool(stats[2] > 0)
+        return stops > 0
+
+    def train_mode():
+        model.train()
+        if args.freeze_bn:
+            for m in model.modules():
+                if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+                    m.eval()
 
     def validation_due():
         return step > validated and (step % (steps_per_epoch * args.eval_every) == 0 or step == total) and not args.dry_run
@@ -529,7 +525,7 @@ def main(argv=None):
                 dist.broadcast(buffer, 0)
         result = evaluate(model, val_set, device, rank, world, batch_size=4 * micro, workers=args.workers, precision=args.precision,
                           timeout=args.timeout, asked_to_stop=asked_to_stop)
-        model.train()
+        train_mode()
         if result is None:
             return False
         validated = step
@@ -545,20 +541,16 @@ def main(argv=None):
 
     bar = data.progress(None, total=stop_at, initial=step, unit=" steps") if master else None
     say = print if bar is None else bar.write
-    stopped, saved, before = False, time.time(), None
+    stopped, saved, previous = False, time.time(), None
     if validation_due():                                # the run was stopped in front of it
         stopped = not validate()
         save("last.pt")
-    timed, waited, since = 0, 0.0, time.perf_counter()
-    model.train()
+    timed, waited, since = 0, 0.0, time.perf_counter()      # of this row of the log: steps, seconds waited for data, its begin
+    train_mode()
     while step < stop_at and not stopped:
         lr = get_lr(step, total, warmup, args.lr, args.min_lr)
         for g in optimizer.param_groups:
             g["lr"] = lr * g["lr_scale"]
-        if args.freeze_bn:
-            for m in model.modules():
-                if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm)):
-                    m.eval()
 
         t = time.perf_counter()
         video, label, index = next(loader)
@@ -584,13 +576,13 @@ def main(argv=None):
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-        stats = torch.stack([loss, grad_norm.to(loss), torch.full_like(loss, len(asked_to_stop))])
+        stats = torch.stack([loss, grad_norm, torch.full_like(loss, len(asked_to_stop))])
         if world > 1:
             dist.all_reduce(stats)
             stats /= world
-        if before:                                      # the step before is long done: this does not wait for the GPU
-            stopped = read(*before)
-        before = (*on_its_way(stats), step, lr, index)
+        if previous:                                    # the step before is long done: this does not wait for the GPU
+            stopped = read(*previous)
+        previous = (*on_its_way(stats), step, lr, index)
         window.append(stats[:2])
         step, timed = step + 1, timed + 1
         if bar is not None:
@@ -599,12 +591,15 @@ def main(argv=None):
         epoch_end = step % steps_per_epoch == 0
         row_due = step % args.log_every == 0 or epoch_end
         if row_due or step == stop_at:
-            stopped = read(*before) or stopped
+            stopped = read(*previous) or stopped
             seconds, steps = time.perf_counter() - since, torch.stack(window)
             row = dict(step=step, epoch=round(step / steps_per_epoch, 4), loss=steps[:, 0].mean().item(), lr=lr, grad_norm=grad_norm.item(),
                        clips_per_s=timed * args.batch_size / seconds, data_wait=waited / seconds, memory_gib=memory_gib(device))
             if scaler.is_enabled():
                 row["skipped"] = int((~steps[:, 1].isfinite()).sum())           # steps that overflowed, which the scaler leaves out
+                if row["skipped"] == len(steps) and scaler.get_scale() < 1:     # no scale helps: these are real
+                    raise FloatingPointError(f"the gradients of {len(steps)} steps in a row overflow fp16 up to step {step}, at a loss scale down to "
+                                             f"{scaler.get_scale():.2g}: nothing is learned. Lower --lr, or use --precision bf16 or fp32")
             if master:
                 say(f"epoch {row['epoch']:6.2f}  step {step}/{total}  loss {row['loss']:.4f}  lr {lr:.2e}  grad {row['grad_norm']:.2f}  "
                     f"{row['clips_per_s']:.3g} clips/s  data {row['data_wait']:.0%}  {row['memory_gib']:.2f} GiB"
@@ -615,20 +610,22 @@ def main(argv=None):
             timed, waited, since = 0, 0.0, time.perf_counter()
         if args.dry_run:
             if stop_at - step == 3:                     # the first steps start workers, pick kernels, compile
+                read(*previous)
                 timed, waited, since = 0, 0.0, time.perf_counter()
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
             continue
+        trained = time.perf_counter()
         if validation_due() and not stopped:
             stopped = not validate()
-            since = time.perf_counter()
         if epoch_end or stopped or step == stop_at:
-            read(*before)                               # never save a step that is not finite
+            read(*previous)                             # never save a step that is not finite
             save("last.pt")
             saved = time.time()
-        elif master and time.time() - saved > 60 * args.save_minutes and finite(stats):         # else all ranks stop together in the next step
+        elif master and time.time() - saved > 60 * args.save_minutes and finite(*stats[:2].tolist()):       # else all ranks stop together in the next step
             save("last.pt")
             saved = time.time()
+        since += time.perf_counter() - trained          # neither counts as training
 
     # ===== the end =====
     if bar is not None:

@@ -29,7 +29,6 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data
-from evaluate import usable_cores
 from model import MODELS, STDFormer, config_from_flags, count_macs
 from train import get_args, replacing
 from variants import VARIANTS
@@ -168,8 +167,8 @@ class Run:
         flags = common + shlex.split(row.flags) + ["--seed", str(seed)]
         trained, plain, bare = (get_args(words) for words in (flags, common, ["--dataset", args.dataset]))
         self.config, plain_config = (config_from_flags(a, num_classes=args.classes) for a in (trained, plain))
-        self.settings = {key: value for key, value in {**vars(trained), **asdict(self.config), "variant": row.variant}.items() if key not in NO_MATTER}
-        self.settings["data_root"] = os.path.abspath(root)
+        self.settings = {key: value for key, value in {**vars(trained), **asdict(self.config)}.items() if key not in NO_MATTER}
+        self.settings.update(variant=row.variant, data_root=os.path.abspath(root), gpus_per_run=args.gpus_per_run)
 
         # The folder is named by what differs from the plain model, so that equal rows of two tables are one run.
         name = [row.variant or "std_former"]
@@ -240,7 +239,7 @@ def make_all_data(runs):
 def run_all(runs, args):
     """Run what is not finished, args.jobs at a time, each on its own GPUs or cores. Returns what went wrong."""
     todo = list({run.folder: run for run in runs if run.result() is None}.values())
-    gpus, cores = visible_gpus(), usable_cores()
+    gpus, cores = visible_gpus(), data.usable_cores()
     slots, errors = queue.Queue(), []
     for i in range(args.jobs):
         slots.put(i)
@@ -250,7 +249,7 @@ def run_all(runs, args):
         try:
             if gpus:
                 environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[(slot * args.gpus_per_run + k) % len(gpus)] for k in range(args.gpus_per_run))
-            elif hasattr(os, "sched_setaffinity") and len(cores) >= args.jobs:              # of this thread, and so of the processes that it starts
+            if hasattr(os, "sched_setaffinity") and len(cores) >= args.jobs:              # of this thread, and so of the processes that it starts
                 share = len(cores) // args.jobs
                 os.sched_setaffinity(0, cores[slot * share:(slot + 1) * share])
             print(f"{printable(run.train)}\n{printable(run.evaluate)}\n", end="", flush=True)       # in one piece, as other threads print too
@@ -376,7 +375,7 @@ def main(argv=None):
     gpus = visible_gpus()
     if gpus and len(gpus) < args.gpus_per_run:
         p.error(f"--gpus_per_run {args.gpus_per_run}: expected at most the {len(gpus)} GPUs that are there")
-    args.jobs = args.jobs or max(1, len(gpus or usable_cores()) // args.gpus_per_run)
+    args.jobs = args.jobs or max(1, len(gpus or data.usable_cores()) // args.gpus_per_run)
     if "difficulty" in args.table and args.dataset != "toy":
         p.error("--table difficulty: only the toy has a difficulty; use --dataset toy")
     if args.dataset == "toy" and not (args.dry_run or args.report_only):

@@ -109,12 +109,26 @@ def seconds(device, f):
     return time.perf_counter() - start
 
 
+def fits(f, repeat):
+    """Run f so many times. False where GPU memory does not suffice (here, so that the exception and all that it holds is gone at once)."""
+    try:
+        for _ in range(repeat):
+            f()
+    except torch.OutOfMemoryError:
+        return False
+    return True
+
+
 def matmul_rate(device, dtype):
     """Multiply-accumulates per second of a square matrix product: 8192 on a GPU, 2048 on a CPU. The best of ten."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     a @ b
     return n ** 3 / min(seconds(device, lambda: a @ b) for _ in range(10))
+
+
+def few_digits(x):
+    return f"{x:.1f}" if x > 9 else f"{x:.3f}"
 
 
 def gmacs(model, shape):
@@ -166,11 +180,8 @@ def compare(args, device, dtype):
             m.zero_grad(set_to_none=True)
 
         start = time.perf_counter()
-        try:
-            for f in (forward, train):                  # compiles, picks algorithms
-                for _ in range(3 if device.type == "cuda" else 1):
-                    f()
-        except torch.OutOfMemoryError:
+        repeat = 3 if device.type == "cuda" else 1      # compiles, picks algorithms
+        if not (fits(forward, repeat) and fits(train, repeat)):
             m.to("cpu").zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
             print(f"{name}: out of memory at batch {args.batch}", flush=True)
@@ -187,9 +198,13 @@ def compare(args, device, dtype):
             rows[name]["memory"] = saved_gib(m, lambda: run(video))
     repeat = 5 if device.type == "cuda" else 1
     for _ in range(args.rounds):
-        for name, (forward, train) in steps.items():    # taking turns: all see the same weather
-            for key, f in (("forward", forward), ("train", train)):
-                rows[name][key].append(seconds(device, lambda: [f() for _ in range(repeat)]) / repeat / args.batch)
+        for name, functions in list(steps.items()):     # taking turns: all see the same weather
+            for key, f in zip(("forward", "train"), functions):
+                try:
+                    rows[name][key].append(seconds(device, lambda: [f() for _ in range(repeat)]) / repeat / args.batch)
+                except torch.OutOfMemoryError:          # it fitted as long as later models were not there
+                    print(f"{name}: out of memory at batch {args.batch} beside the other models' weights", flush=True)
+                    steps.pop(name, None)
 
     rate = matmul_rate(device, dtype)
     rows = {name: r for name, r in rows.items() if name in steps}
@@ -204,7 +219,7 @@ def compare(args, device, dtype):
     print(f"{'':30}{'':>9}{'':>8}{'':>8}   | forward {'':20} | training step {'':14} |")
     print(f"{'model':30}{'M params':>9}{'GMACs':>8}{'ratio':>8}   | {'s/clip':>9}{'ratio':>8}{'MFU':>10} | {'s/clip':>9}{'ratio':>8}{'MFU':>10}  | {memory:>9}{'ratio':>8}")
     for name, r in rows.items():
-        print(f"{name:30}{r['params']:9.1f}{r['macs']:8.1f}{r['macs'] / first['macs']:8.2f}   | "
+        print(f"{name:30}{few_digits(r['params']):>9}{few_digits(r['macs']):>8}{r['macs'] / first['macs']:8.2f}   | "
               f"{r['forward']:9.4g}{r['forward'] / first['forward']:8.2f}{r['macs'] * 1e9 / rate / r['forward']:10.1%} | "
               f"{r['train']:9.4g}{r['train'] / first['train']:8.2f}{3 * r['macs'] * 1e9 / rate / r['train']:10.1%}  | "
               f"{r['memory']:9.2f}{r['memory'] / first['memory']:8.2f}")

@@ -5,12 +5,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)                # the models here are tiny: more threads only wait for each other
 os.environ["LOCAL_WORLD_SIZE"] = str(os.cpu_count())    # so that train.py takes one too, here and in processes that tests start
+
+
+@pytest.fixture(autouse=True)
+def precision_as_it_was():
+    """train.py and evaluate.py say how exact float32 is on GPUs, for the whole process."""
+    matmul, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    yield
+    torch.set_float32_matmul_precision(matmul)
+    torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def run_two_ranks(script, *flags):

@@ -7,7 +7,10 @@ import io
 import json
 import multiprocessing.pool
 import os
+import re
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +21,7 @@ import torch
 from PIL import Image
 
 import data
+from conftest import ROOT
 
 # 24 frames of 32 x 32, VP9, a key frame every 8; frame i is grey, of value 20 + 9 i. Made once with PyAV 18 (ffmpeg's libvpx-vp9,
 # 12 fps, crf 30, g 8, lag-in-frames 0) from np.full((32, 32, 3), 20 + 9 * i, np.uint8); no test needs ffmpeg.
@@ -591,6 +595,15 @@ def test_check_on_good_data_succeeds_wherever_it_lies(tmp_path, capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_check_without_any_split_says_what_is_missing(tmp_path):
+    write_v1(tmp_path, [("1", SIDES[0])], [("2", SIDES[1])])
+    for split in ("train", "validation"):
+        (tmp_path / f"something-something-v1-{split}.csv").unlink()
+    with pytest.raises(FileNotFoundError, match="something-something-v1-train.csv"):
+        data.main(["check", "--dataset", "ssv1", "--data_root", str(tmp_path), "--out", str(tmp_path / "skip.txt")])
+    assert not (tmp_path / "skip.txt").exists()
+
+
 @pytest.fixture(scope="module")
 def checked_videos(tmp_path_factory):
     """One run of check over whole and bad videos; the tests below look at its outcome."""
@@ -633,6 +646,16 @@ def test_show_writes_a_contact_sheet(tmp_path):
     picture = np.asarray(Image.open(out))
     assert picture.shape == (2 * (96 + 22 + 3), 8 * (96 + 3), 3)                # 8 columns of at least 96 pixels, 3 between them; 22 for the label's line
     assert picture.std() > 10
+
+
+def test_show_names_a_broken_clip_in_one_line(tmp_path):
+    v1_set(tmp_path / "set", {"1": (grey_frames(4), SIDES[0])})
+    for frame in (tmp_path / "set" / "20bn-something-something-v1" / "1").iterdir():
+        frame.write_bytes(b"no picture")
+    flags = ["--dataset", "ssv1", "--data_root", str(tmp_path / "set"), "--out", str(tmp_path / "show.png"), "--clip", "none", "--device", "cpu"]
+    done = subprocess.run([sys.executable, str(ROOT / "data.py"), "show", *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 1 and re.fullmatch(r"data\.py: .*v1/1: .* is not a JPEG or PNG picture\..*", done.stdout.strip().splitlines()[-1])
+    assert "Traceback" not in done.stdout
 
 
 # ----- the toy -----

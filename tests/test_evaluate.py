@@ -284,6 +284,34 @@ def test_a_foreign_checkpoint_is_one_clear_error(tmp_path, monkeypatch, kind):
     assert text.startswith("evaluate.py: ") and str(path) in text and "checkpoint" in text and "\n" not in text, text
 
 
+@pytest.mark.parametrize("error, words", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"), "CUDA out of memory. Tried to allocate 2.00 GiB. Try --checkpointing"),
+    (ImportError("No module named 'open_clip'"), "No module named 'open_clip'"),
+    (data.ClipError("clip 7: broken"), "clip 7: broken"),
+], ids=lambda v: type(v).__name__)
+def test_what_a_person_can_mend_is_one_line(error, words):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as e:
+        evaluate.run_program("evaluate.py", main)
+    assert str(e.value).startswith(f"evaluate.py: {words}") and "\n" not in str(e.value)
+
+
+def test_a_mistake_of_ours_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="shapes"):
+        evaluate.run_program("evaluate.py", lambda: (_ for _ in ()).throw(RuntimeError("shapes")))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ("fp32", "bf16", "fp16"))
+def test_a_gpu_gives_the_same_answers(ckpt, tmp_path, precision):
+    run(ckpt, "--save", tmp_path / "cpu.csv")
+    run(ckpt, "--save", tmp_path / "gpu.csv", "--device", "cuda", "--precision", precision)
+    for a, b in zip(read_csv(tmp_path / "cpu.csv"), read_csv(tmp_path / "gpu.csv"), strict=True):
+        assert float(a["probability1"]) == pytest.approx(float(b["probability1"]), abs=1e-3 if precision == "fp32" else 0.1)
+
+
 def test_a_broken_clip_is_one_clear_error(ckpt, tmp_path, monkeypatch):
     root = write_clips(tmp_path / "clips")
     for frame in (root / "20bn-something-something-v1" / "3").iterdir():

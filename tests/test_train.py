@@ -17,6 +17,8 @@ import torch
 from PIL import Image
 
 import data
+import evaluate
+import model
 import train
 from conftest import ROOT, run_two_ranks
 from evaluate import load_checkpoint
@@ -130,23 +132,23 @@ def test_get_lr_at_its_corners():
 
 
 def test_param_groups_hold_each_trainable_parameter_once():
-    model = build_model("tiny", dim=32, depth=3, heads=2, image_size=16, num_classes=3, head="fused")
-    model.blocks[0].ln_1.weight.requires_grad = False
-    groups = train.param_groups(model, weight_decay=0.05, clip_lr_scale=0.1)
+    net = build_model("tiny", dim=32, depth=3, heads=2, image_size=16, num_classes=3, head="fused")
+    net.blocks[0].ln_1.weight.requires_grad = False
+    groups = train.param_groups(net, weight_decay=0.05, clip_lr_scale=0.1)
     listed = [id(p) for g in groups for p in g["params"]]
-    assert len(listed) == len(set(listed)) and set(listed) == {id(p) for p in model.parameters() if p.requires_grad}
+    assert len(listed) == len(set(listed)) and set(listed) == {id(p) for p in net.parameters() if p.requires_grad}
     for g in groups:
         assert all((p.ndim > 1) == (g["weight_decay"] == 0.05) and p.ndim > 0 or g["weight_decay"] == 0 for p in g["params"])
     scale = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
-    names = dict(model.named_parameters())
+    names = dict(net.named_parameters())
     for name, expected in {"conv1.weight": 0.1, "positional_embedding": 0.1, "blocks.1.attn.in_proj_weight": 0.1, "ln_post.bias": 0.1,
                            "blocks.2.alpha": 1.0, "ctm.0.out_proj.weight": 1.0, "head.weight": 1.0, "gate": 1.0}.items():
         assert scale[id(names[name])] == expected, name
 
 
 def test_sampler_deals_each_clip_at_most_once_per_epoch():
-    steps = list(train.StepSampler(18, 4, 0, 12, seed=0, rank=0, world=1))
-    assert len(steps) == len(train.StepSampler(18, 4, 0, 12, 0, 0, 1)) == 12
+    steps = list(train.step_batches(18, 4, 0, 12, seed=0, rank=0, world=1))
+    assert len(steps) == 12
     orders = []
     for epoch in range(3):
         items = sum(steps[4 * epoch:4 * epoch + 4], [])
@@ -154,15 +156,15 @@ def test_sampler_deals_each_clip_at_most_once_per_epoch():
         orders.append([i for _, i in items])
         assert len(set(orders[-1])) == 16 and set(orders[-1]) <= set(range(18))
     assert orders[0] != orders[1] != orders[2]
-    assert steps != list(train.StepSampler(18, 4, 0, 12, seed=1, rank=0, world=1))
+    assert steps != list(train.step_batches(18, 4, 0, 12, seed=1, rank=0, world=1))
 
 
 def test_sampler_on_two_ranks_and_from_the_middle():
-    whole = list(train.StepSampler(18, 4, 0, 12, seed=0, rank=0, world=1))
-    ranks = [list(train.StepSampler(18, 4, 0, 12, seed=0, rank=r, world=2)) for r in range(2)]
+    whole = list(train.step_batches(18, 4, 0, 12, seed=0, rank=0, world=1))
+    ranks = [list(train.step_batches(18, 4, 0, 12, seed=0, rank=r, world=2)) for r in range(2)]
     for batch, a, b in zip(whole, *ranks, strict=True):
         assert len(a) == len(b) == 2 and sorted(a + b) == sorted(batch)
-    assert list(train.StepSampler(18, 4, 5, 12, seed=0, rank=0, world=1)) == whole[5:]
+    assert list(train.step_batches(18, 4, 5, 12, seed=0, rank=0, world=1)) == whole[5:]
 
 
 def test_recipes_are_real_flags_and_explicit_flags_win(monkeypatch, capsys):
@@ -309,10 +311,62 @@ def test_freeze_bn_leaves_the_running_statistics(clips, tmp_path):
     assert means and all((frozen["model"][k] == 0).all() and (moving["model"][k] != 0).any() for k in means)
 
 
-def test_activation_checkpointing_changes_nothing(clips, tmp_path):
-    flags = ["--max_steps", "2"]                        # with the recipe's dropouts
-    plain, checkpointed = run(clips, tmp_path / "a", *flags)[0], run(clips, tmp_path / "b", *flags, "--checkpointing")[0]
-    assert same(plain["model"], checkpointed["model"])
+def test_activation_checkpointing_changes_nothing(clips, tmp_path, monkeypatch):
+    flags, recomputed = ["--max_steps", "2"], []        # with the recipe's dropouts
+    plain, _ = run(clips, tmp_path / "a", *flags)
+    checkpoint = model.checkpoint
+    monkeypatch.setattr(model, "checkpoint", lambda *inputs, **options: recomputed.append(1) or checkpoint(*inputs, **options))
+    checkpointed, _ = run(clips, tmp_path / "b", *flags, "--checkpointing")
+    assert len(recomputed) == 2 * 4 and same(plain["model"], checkpointed["model"])             # two steps of two blocks and two CTMs
+
+
+def test_steps_are_those_of_a_plain_loop(clips, tmp_path):
+    """Rates, groups, clipping, smoothing and decay away from their defaults, against the same two steps written down plainly."""
+    flags = [*PLAIN, "--freeze_bn", "--max_steps", "2", "--clip_lr_scale", "0.1", "--grad_clip", "0.05", "--label_smoothing", "0.3", "--weight_decay", "0.5", "--seed", "3"]
+    trained, _ = run(clips, tmp_path / "out", *flags)
+    args = train.get_args([*SMALL, "--data_root", str(clips), *flags])
+    config = model.config_from_flags(args, num_classes=3)
+    torch.manual_seed(3)
+    net = model.STDFormer(config)
+    dataset, _ = train.make_datasets(args, config)
+    net.train()
+    for m in net.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.eval()
+    optimizer = torch.optim.AdamW([dict(params=[p], weight_decay=0.5 * (p.ndim > 1), scale=0.1 if model.is_clip_parameter(name, config) else 1.0)
+                                   for name, p in net.named_parameters()])
+    for step, batch in enumerate(train.step_batches(18, 4, 0, 2, seed=3, rank=0, world=1)):
+        video, label, _ = torch.utils.data.default_collate([dataset[item] for item in batch])
+        torch.nn.functional.cross_entropy(net(data.normalize(video)), label, label_smoothing=0.3).backward()
+        assert torch.nn.utils.clip_grad_norm_(net.parameters(), 0.05) > 0.1                     # the limit matters
+        for group in optimizer.param_groups:
+            group["lr"] = group["scale"] * train.get_lr(step, 8, 2, 1e-3, 1e-6)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_close_weights(trained, dict(model=net.state_dict()), atol=1e-6)
+
+
+@pytest.mark.parametrize("flags", (["--control", "single"], ["--control", "shuffle"], ["--crop_scale", "0.1"], ["--randaugment", "9"], ["--seed", "1"]), ids=" ".join)
+def test_data_flags_reach_the_samples(clips, flags):
+    def samples(*flags):
+        args = train.get_args([*SMALL, "--data_root", str(clips), *flags])
+        return [[dataset[item][0] for item in items] for dataset, items in
+                zip(train.make_datasets(args, model.config_from_flags(args, num_classes=3)), ([(0, i) for i in range(6)], range(6)))]
+
+    (plain, plain_views), (other, other_views) = samples(), samples(*flags)
+    assert not all(map(torch.equal, plain, other))
+    assert all(map(torch.equal, plain_views, other_views)) == (flags[0] != "--control")         # validation knows the control and no augmentation
+    if "single" in flags:
+        assert all((video == video[:, :1]).all() for video in other)
+
+
+def test_no_flip_keeps_the_labels(clips):
+    def labels(*flags):
+        args = train.get_args([*SMALL, "--data_root", str(clips), *flags])
+        dataset, _ = train.make_datasets(args, model.config_from_flags(args, num_classes=3))
+        return {dataset[epoch, 0][1] for epoch in range(12)}
+
+    assert len(labels()) == 2 and len(labels("--no-flip")) == 1
 
 
 # ----- stopping -----
@@ -361,7 +415,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(clips, tmp_path, monkeypatch):
     at_call(monkeypatch, 5, lambda video: video * math.nan)
     with pytest.raises(FloatingPointError) as e:
         run(clips, tmp_path / "out", "--eval_every", "9")
-    batch = list(train.StepSampler(18, 4, 5, 6, seed=0, rank=0, world=1))[0]
+    batch = list(train.step_batches(18, 4, 5, 6, seed=0, rank=0, world=1))[0]
     ids, text = data.read_annotations("ssv1", clips, "train")[0], str(e.value)
     assert "nan" in text and "step 5" in text and all(f" {ids[i].decode()}" in text for _, i in batch) and "\n" not in text
     last = load_checkpoint(tmp_path / "out" / "last.pt")
@@ -396,6 +450,14 @@ def test_a_gradient_that_is_not_finite_stops_the_run_too(clips, tmp_path, monkey
     with pytest.raises(FloatingPointError, match="gradient norm inf at step 5"):
         run(clips, tmp_path / "out", "--eval_every", "9", "--save_minutes", "0")
     assert load_checkpoint(tmp_path / "out" / "last.pt")["step"] == 5
+
+
+def test_fp16_that_never_takes_a_step_ends_the_run(clips, tmp_path, monkeypatch):
+    clip_grad_norm = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.amp.GradScaler, "get_scale", lambda scaler: 0.5)                  # as after 17 steps, all skipped
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, limit: clip_grad_norm(parameters, limit) * math.inf)
+    with pytest.raises(FloatingPointError, match="4 steps in a row overflow fp16 up to step 4, at a loss scale down to 0.5"):
+        run(clips, tmp_path / "out", "--precision", "fp16", "--log_every", "4")
 
 
 # ----- refusals -----
@@ -477,10 +539,10 @@ def test_init_from_renews_the_head_for_other_classes(finished, clips, tmp_path):
 
 
 def test_init_from_resizes_positions():
-    model = build_model("tiny", dim=32, depth=2, heads=2, num_frames=4, image_size=32, patch_size=8, num_classes=3, smem_layers=())
+    net = build_model("tiny", dim=32, depth=2, heads=2, num_frames=4, image_size=32, patch_size=8, num_classes=3, smem_layers=())
     source = build_model("tiny", dim=32, depth=2, heads=2, num_frames=4, image_size=16, patch_size=8, num_classes=3, smem_layers=())
-    train.init_from(model, dict(model=source.state_dict(), classes=CLASSES), "a.pt", CLASSES)
-    assert model.positional_embedding.shape == (17, 32) and torch.equal(model.positional_embedding[0], source.positional_embedding[0])
+    train.init_from(net, dict(model=source.state_dict(), classes=CLASSES), "a.pt", CLASSES)
+    assert net.positional_embedding.shape == (17, 32) and torch.equal(net.positional_embedding[0], source.positional_embedding[0])
 
 
 def clip_file(path):
@@ -525,13 +587,23 @@ def test_clip_weights_are_loaded_and_can_be_frozen(clips, tmp_path, capsys):
 
 
 def test_two_processes_train_as_one(clips, tmp_path):
-    flags = [*PLAIN, "--freeze_bn"]
+    clip_file(tmp_path / "clip.pt")                     # only rank 0 reads it
+    flags = [*PLAIN, "--freeze_bn", "--clip", str(tmp_path / "clip.pt"), "--lr", "1e-4"]
     one, one_rows = run(clips, tmp_path / "one", *flags)
-    two, two_rows = on_two_ranks(clips, tmp_path / "two", *flags)
+    two, two_rows = on_two_ranks(clips, tmp_path / "two", *flags, "--micro_batch", "1")
     assert losses(two_rows) == pytest.approx(losses(one_rows), abs=1e-5)
     assert [r for r in two_rows if r["kind"] == "eval"] == [r for r in one_rows if r["kind"] == "eval"]
     assert_close_weights(one, two)
     assert two["step"] == one["step"] and two["best"] == one["best"] and two["model"].keys() == one["model"].keys()
+
+
+def test_two_processes_go_on_with_the_run_of_one(clips, tmp_path, capsys):
+    one, _ = run(clips, tmp_path / "out", *PLAIN, "--max_steps", "5")
+    two, rows = on_two_ranks(clips, tmp_path / "out", *PLAIN, "--resume")
+    assert (one["step"], two["step"]) == (5, 8) and [r["step"] for r in rows if r["kind"] == "train"] == list(range(1, 9))
+    capsys.readouterr()
+    evaluate.main(["--ckpt", str(tmp_path / "out" / "last.pt"), "--crops", "1", "--workers", "0", "--device", "cpu"])
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"top1 {rows[-1]['top1']:.2f} ") and rows[-1]["kind"] == "eval"
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
