@@ -728,9 +728,10 @@ def is_clip_parameter(name, config):
 def load_clip(model, source):
     """Start from CLIP: copy its image tower and silence every new path into the ST-branch, so that fine-tuning starts there.
 
-    Section 4.2: "trained based on the parameters of Contrastive Language-Image Pre-training (CLIP)"; the how is ours. CLIP's patch embedding goes into the
-    centre frame of the stem's kernel (inflation, Carreira & Zisserman 2017), its ln_post to the head. Zeroed: the last
-    layer of DPE, of PTM's convolution (unless it is the shortcut), of STDM, and of an ST-branch SMEM.
+    Section 4.2: "trained based on the parameters of Contrastive Language-Image Pre-training (CLIP)"; the how is ours.
+    CLIP's patch embedding goes into the centre frame of the stem's kernel (inflation, Carreira & Zisserman 2017), its
+    ln_post to the head. Zeroed: the last layer of DPE, of PTM's convolution (unless it is the shortcut), of STDM, and of
+    an ST-branch SMEM.
     source: "openai" (fetched by open_clip), or a file: OpenAI's TorchScript archive, an open_clip checkpoint (.pt, .bin,
     .safetensors), or a plain state dict. OpenAI's weights belong to QuickGELU; a file trained with GELU does not fit.
     Returns (loaded, new): the numbers of parameter tensors. Raises ValueError listing what is missing, left over or

@@ -439,7 +439,7 @@ def main(argv=None):
     if master:
         print(textwrap.fill("  ".join(f"{k}={v}" for k, v in dict(vars(args), **asdict(config)).items()), 120,
                             break_long_words=False, break_on_hyphens=False))
-        if not args.dry_run:
+        if writes:
             with replacing(config_file) as beside:
                 beside.write_text(json.dumps(dict(args=vars(args), model_config=asdict(config), launcher=launched_by()), indent=1) + "\n")
         print(f"{args.dataset}: {len(train_set)} training and {len(val_set)} validation clips, {len(classes)} classes"

@@ -180,8 +180,8 @@ def compare(args, device, dtype):
             m.zero_grad(set_to_none=True)
 
         start = time.perf_counter()
-        repeat = 3 if device.type == "cuda" else 1      # compiles, picks algorithms
-        if not (fits(forward, repeat) and fits(train, repeat)):
+        warm_ups = 3 if device.type == "cuda" else 1    # compile, pick algorithms
+        if not (fits(forward, warm_ups) and fits(train, warm_ups)):
             m.to("cpu").zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
             print(f"{name}: out of memory at batch {args.batch}", flush=True)

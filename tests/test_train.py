@@ -320,16 +320,20 @@ def test_activation_checkpointing_changes_nothing(clips, tmp_path, monkeypatch):
     assert len(recomputed) == 2 * 4 and same(plain["model"], checkpointed["model"])             # two steps of two blocks and two CTMs
 
 
+def made_datasets(clips, *flags):
+    """(config, training split, validation split), as train.py makes them."""
+    args = train.get_args([*SMALL, "--data_root", str(clips), *flags])
+    config = model.config_from_flags(args, num_classes=3)
+    return config, *train.make_datasets(args, config)
+
+
 def test_steps_are_those_of_a_plain_loop(clips, tmp_path):
     """Rates, groups, clipping, smoothing and decay away from their defaults, against the same two steps written down plainly."""
     flags = [*PLAIN, "--freeze_bn", "--max_steps", "2", "--clip_lr_scale", "0.1", "--grad_clip", "0.05", "--label_smoothing", "0.3", "--weight_decay", "0.5", "--seed", "3"]
     trained, _ = run(clips, tmp_path / "out", *flags)
-    args = train.get_args([*SMALL, "--data_root", str(clips), *flags])
-    config = model.config_from_flags(args, num_classes=3)
+    config, dataset, _ = made_datasets(clips, *flags)
     torch.manual_seed(3)
-    net = model.STDFormer(config)
-    dataset, _ = train.make_datasets(args, config)
-    net.train()
+    net = model.STDFormer(config).train()
     for m in net.modules():
         if isinstance(m, torch.nn.BatchNorm2d):
             m.eval()
@@ -349,9 +353,8 @@ def test_steps_are_those_of_a_plain_loop(clips, tmp_path):
 @pytest.mark.parametrize("flags", (["--control", "single"], ["--control", "shuffle"], ["--crop_scale", "0.1"], ["--randaugment", "9"], ["--seed", "1"]), ids=" ".join)
 def test_data_flags_reach_the_samples(clips, flags):
     def samples(*flags):
-        args = train.get_args([*SMALL, "--data_root", str(clips), *flags])
-        return [[dataset[item][0] for item in items] for dataset, items in
-                zip(train.make_datasets(args, model.config_from_flags(args, num_classes=3)), ([(0, i) for i in range(6)], range(6)))]
+        _, training, validation = made_datasets(clips, *flags)
+        return [training[0, i][0] for i in range(6)], [validation[i][0] for i in range(6)]
 
     (plain, plain_views), (other, other_views) = samples(), samples(*flags)
     assert not all(map(torch.equal, plain, other))
@@ -362,8 +365,7 @@ def test_data_flags_reach_the_samples(clips, flags):
 
 def test_no_flip_keeps_the_labels(clips):
     def labels(*flags):
-        args = train.get_args([*SMALL, "--data_root", str(clips), *flags])
-        dataset, _ = train.make_datasets(args, model.config_from_flags(args, num_classes=3))
+        dataset = made_datasets(clips, *flags)[1]
         return {dataset[epoch, 0][1] for epoch in range(12)}
 
     assert len(labels()) == 2 and len(labels("--no-flip")) == 1
