@@ -581,8 +581,11 @@ class STDFormer(nn.Module):
                              f"and S of {c.patch_size} (this model was built for F = {c.num_frames}, S = {c.image_size})")
         x = self.conv1(video).movedim(1, -1)                                    # (B, T, H, W, D)
         T, *grid = x.shape[1:4]
-        x = torch.cat([self.class_embedding.expand(B, T, 1, -1), x.flatten(2, 3)], dim=2)
-        return self.ln_pre(x + resize_positions(self.positional_embedding, tuple(grid))), tuple(grid)
+        x = torch.cat([self.class_embedding.to(x.dtype).expand(B, T, 1, -1), x.flatten(2, 3)], dim=2)
+        z = self.ln_pre(x + resize_positions(self.positional_embedding, tuple(grid)))
+        if x.dtype == torch.bfloat16:           # autocast's LN gives float32, and all behind it would keep that: twice the traffic.
+            z = z.to(x.dtype)                   # bfloat16 has its range; float16 might overflow, so there float32 stays
+        return z, tuple(grid)
 
     def forward_features(self, video):
         """Both branches to the last layer: video (B, 3, F, S, S) -> x (B, T, 1+N, D), y (B, T, H, W, D)."""

@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 from evaluate import autocast, pick_device
-from model import Block, build_model
+from model import Block, STDFormer, build_model
 
 # ----------------------------------------------------------------------------------------------------
 # The models that are compared
@@ -40,9 +40,11 @@ from model import Block, build_model
 class FrameCLIP(nn.Module):
     """CLIP's image transformer on every token frame behind STD-Former's stem; class tokens averaged over time, linear head."""
 
+    stem = STDFormer.stem
+
     def __init__(self, ours, block):
         super().__init__()
-        c = ours.config
+        c = self.config = ours.config
         self.conv1 = nn.Conv3d(3, c.dim, ours.conv1.kernel_size, ours.conv1.stride, ours.conv1.padding, bias=False)
         self.class_embedding = nn.Parameter(torch.zeros(c.dim))
         self.positional_embedding = nn.Parameter(torch.zeros(1 + ours.grid[0] * ours.grid[1], c.dim))
@@ -52,10 +54,9 @@ class FrameCLIP(nn.Module):
         self.checkpointing = False
 
     def forward(self, video):
-        x = self.conv1(video).flatten(3).permute(0, 2, 3, 1)                    # (B, T, N, D)
+        x, _ = self.stem(video)
         B, T = x.shape[:2]
-        x = torch.cat([self.class_embedding.expand(B, T, 1, -1), x], dim=2) + self.positional_embedding
-        x = self.ln_pre(x).flatten(0, 1)                                        # (B*T, 1+N, D)
+        x = x.flatten(0, 1)                                                     # (B*T, 1+N, D)
         for block in self.blocks:
             x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
         return self.head(self.ln_post(x[:, 0].view(B, T, -1).mean(1)))
@@ -233,8 +234,9 @@ def breakdown(args, device, dtype):
     model = make_models(args)[0][f"STD-Former {args.model}"].to(device).train()
     c, (H, W) = model.config, model.grid
     B, T = args.batch, c.num_frames // c.stem_stride
-    x = torch.randn(B, T, 1 + H * W, c.dim, device=device)
-    y = torch.randn(B, T, H, W, c.dim, device=device)
+    tokens = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32       # as the stem gives them
+    x = torch.randn(B, T, 1 + H * W, c.dim, device=device, dtype=tokens)
+    y = torch.randn(B, T, H, W, c.dim, device=device, dtype=tokens)
     video = torch.randn(B, 3, c.num_frames, c.image_size, c.image_size, device=device)
     plain = [b for i, b in enumerate(model.blocks) if i not in c.ptm_layers]
     kinds = {"stem": ([model.conv1], (video,)), "Block (CLIP)": (plain, (x, (H, W))), "PTM": ([model.blocks[i] for i in c.ptm_layers], (x, (H, W))),

@@ -88,6 +88,25 @@ def test_bf16_is_finite_and_near_fp32(fusion, device):
     assert (rounded - logits).abs().max() < 0.05 * logits.abs().max()
 
 
+@pytest.mark.parametrize("overrides", (dict(), dict(smem_branch="both", smem_fusion="mul+add", ctm_cpe="both", ctm_residual="both", drop_path=0.1),
+                                       dict(ptm_conv="attention3d", ptm_attention="spacetime"), dict(ptm_shortcut="conv", ctm_residual="memory")))
+def test_bf16_reaches_the_tokens_between_modules(overrides):
+    # Half of the memory and traffic of float32 tokens. One module that returns float32 would pass it on to all behind it.
+    model, video = tiny_and_clip(**overrides)
+    found = {}
+    for name, m in model.train().named_modules():
+        if name.startswith(("blocks.", "ctm.", "stdm.", "smem_")) and name.count(".") == 1:
+            m.register_forward_hook(lambda m, inputs, output, name=name: found.update({name: output.dtype}))
+    x, y = model.forward_features(video)
+    assert {x.dtype, y.dtype, *found.values()} == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16):
+        x, y = model.forward_features(video)
+    assert {x.dtype, y.dtype} == {torch.bfloat16} and set(found.values()) == {torch.bfloat16}, found
+    with torch.autocast("cpu", torch.float16):
+        x, y = model.forward_features(video)
+    assert {x.dtype, y.dtype} == {torch.float32}            # float16 tokens might overflow
+
+
 @pytest.mark.parametrize("checkpointing", (False, True))
 def test_no_graph_break_and_no_recompilation(checkpointing):
     # `fullgraph` raises at the first graph break; after one training and one evaluation step nothing may compile again.
