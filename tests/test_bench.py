@@ -34,11 +34,18 @@ def test_comparison_has_both_models_and_their_arithmetic():
     assert all(float(word.rstrip("%")) > 0 for word in ours if word != "|")
 
 
-def test_breakdown_accounts_for_every_module():
-    rows = {words[0]: words for words in printed("--device", "cpu", "--breakdown") if "%" in " ".join(words)}
+@pytest.mark.parametrize("precision", ("fp32", "bf16"))
+def test_breakdown_accounts_for_every_module(precision):
+    rows = {words[0]: words for words in printed("--device", "cpu", "--breakdown", "--precision", precision) if "%" in " ".join(words)}
     assert set(rows) == {"stem", "Block", "PTM", "CTM", "STDM", "SMEM", "between", "whole"}
     shares = [float(words[-2].rstrip("%")) for kind, words in rows.items() if kind not in ("between", "whole")]
     assert sum(shares) == pytest.approx(100, abs=0.5)
+
+
+def test_a_video_that_does_not_read_is_named():
+    done = subprocess.run([sys.executable, str(ROOT / "scripts" / "bench.py"), "--pipeline", "--webm", "missing.webm"],
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
+    assert done.returncode == 1 and done.stdout.splitlines()[-1].startswith("bench.py: missing.webm: "), done.stdout[-3000:]
 
 
 def test_a_model_that_does_not_fit_is_told_from_one_that_does():
