@@ -94,8 +94,9 @@ def get_args(argv=None):
     p.add_argument("--seed", type=int, default=0, help="of everything; report several (default: %(default)s)")
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="auto takes the first that is there")
     p.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="auto: bf16 on GPUs that have it, else fp16 with a loss scaler; fp32 on CPU and MPS")
-    p.add_argument("--compile", action="store_true", help="torch.compile: a few minutes at the start, then faster; for CUDA. On several GPUs SyncBatchNorm breaks its graph (by PyTorch's code, not measured), so that little is gained; --freeze_bn avoids that")
+    p.add_argument("--compile", action="store_true", help="torch.compile: a few minutes at the start, then faster; for CUDA. On several GPUs add --no-sync_bn")
     p.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass: much less memory, about a third more time")
+    p.add_argument("--sync_bn", action=argparse.BooleanOptionalAction, default=True, help="on several GPUs BatchNorm takes its statistics over all of them, as one GPU with all clips would; off, each over its own clips. torch.compile cannot capture it (its graph breaks there; the cost was not measured)")
     p.add_argument("--freeze_bn", action="store_true", help="BatchNorm keeps its running statistics in training; with --init_from, or to compare runs exactly (in a new run it then only scales and shifts)")
     p.add_argument("--log_every", type=int, default=20, help="steps between log lines (default: %(default)s)")
     p.add_argument("--eval_every", type=int, default=1, help="epochs between validations (default: %(default)s)")
@@ -316,7 +317,7 @@ def memory_gib(device):
 
 
 # What decides a run's result beside model and data, and so must not change on --resume.
-THE_SAME = ("dataset", "batch_size", "epochs", "seed", "lr", "min_lr", "warmup_epochs", "weight_decay", "clip_lr_scale", "freeze_clip", "freeze_bn", "grad_clip",
+THE_SAME = ("dataset", "batch_size", "epochs", "seed", "lr", "min_lr", "warmup_epochs", "weight_decay", "clip_lr_scale", "freeze_clip", "freeze_bn", "sync_bn", "grad_clip",
             "control", "crop_scale", "randaugment", "flip", "label_smoothing", "mixup", "cutmix")
 
 
@@ -327,7 +328,7 @@ def check_resume(checkpoint, path, args, config, classes):
     if checkpoint["classes"] != classes:
         gone, new = set(checkpoint["classes"]) - set(classes), set(classes) - set(checkpoint["classes"])
         problems.append(f"classes: {len(checkpoint['classes'])} in the checkpoint, {len(classes)} now; only there {sorted(gone)[:3]}, only now {sorted(new)[:3]}")
-    problems += [f"{k}: checkpoint {checkpoint['args'][k]!r}, now {getattr(args, k)!r}" for k in THE_SAME if checkpoint["args"][k] != getattr(args, k)]
+    problems += [f"{k}: checkpoint {checkpoint['args'].get(k)!r}, now {getattr(args, k)!r}" for k in THE_SAME if checkpoint["args"].get(k) != getattr(args, k)]
     if problems:
         raise ValueError(f"--resume: {path} is another run; give it the same flags, or start anew in another --out_dir:\n  " + "\n  ".join(problems))
 
@@ -409,7 +410,7 @@ def main(argv=None):
             p.requires_grad = not is_clip_parameter(name, config)
     model.checkpointing = args.checkpointing
     model.to(device)
-    if world > 1 and device.type == "cuda":
+    if world > 1 and device.type == "cuda" and args.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     groups = param_groups(model, args.weight_decay, args.clip_lr_scale)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=device.type != "mps")

@@ -640,6 +640,15 @@ def test_compiled_steps_equal_eager(clips, tmp_path):
 
 
 @cuda
+def test_compiled_steps_on_two_ranks_without_sync_bn_equal_eager(clips, tmp_path):
+    flags = [*PLAIN, "--device", "cuda", "--precision", "fp32", "--max_steps", "3", "--no-sync_bn"]
+    eager, eager_rows = on_two_ranks(clips, tmp_path / "eager", *flags)
+    compiled, rows = on_two_ranks(clips, tmp_path / "compiled", *flags, "--compile")
+    assert losses(rows) == pytest.approx(losses(eager_rows), abs=2e-3)
+    assert compiled["model"].keys() == eager["model"].keys()
+
+
+@cuda
 def test_sync_batchnorm_on_two_ranks_is_batchnorm_on_one(clips, tmp_path):
     # Two processes share the GPU (gloo); batch statistics over both must be those of the whole batch.
     flags = [*PLAIN, "--device", "cuda", "--precision", "fp32", "--max_steps", "3"]
