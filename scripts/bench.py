@@ -319,15 +319,16 @@ def pipeline(args):
     def choose(n):
         return data.sample_indices(n, F_, rng)
 
-    def per_sample(f, paths):
-        f(paths[0])
-        times = []
+    def per_sample(functions, paths):
+        """Median seconds of each function. They take turns in random order: all see the same weather, none always finds another's caches."""
+        times = [[] for _ in functions]
         for _ in range(args.rounds + 2):
             for path in paths:
-                start = time.perf_counter()
-                f(path)
-                times.append(time.perf_counter() - start)
-        return statistics.median(times)
+                for i in rng.permutation(len(functions)):
+                    start = time.perf_counter()
+                    functions[i](path)
+                    times[i].append(time.perf_counter() - start)
+        return [statistics.median(t) for t in times]
 
     def bare_decord(path):
         reader = data.import_decord().VideoReader(path, num_threads=1)
@@ -350,16 +351,16 @@ def pipeline(args):
         print(f"{'':44}{'ms':>8}{'samples/s':>11}{'ratio to bare decoding':>25}")
         for name, paths in sets.items():
             print(name)
-            floor = None
             for path in paths:
                 data.read_clip(path, choose)            # a file that does not read is named before anything is timed
+            functions = {"  read_clip": lambda p: data.read_clip(p, choose), "  sample: read, crop, flip": lambda p: sample(p, plain),
+                         "  sample with RandAugment (4 operations)": lambda p: sample(p, augmented)}
+            bare = "  decord alone, the same frames"
             if not Path(paths[0]).is_dir():
-                floor = per_sample(bare_decord, paths)
-                print(f"{'  decord alone, the same frames':44}{1e3 * floor:8.1f}{1 / floor:11.1f}{1:25.2f}")
-            for label, f in (("  read_clip", lambda p: data.read_clip(p, choose)), ("  sample: read, crop, flip", lambda p: sample(p, plain)),
-                             ("  sample with RandAugment (4 operations)", lambda p: sample(p, augmented))):
-                s = per_sample(f, paths)
-                print(f"{label:44}{1e3 * s:8.1f}{1 / s:11.1f}" + (f"{s / floor:25.2f}" if floor else ""))
+                functions = {bare: bare_decord, **functions}
+            seconds_of = dict(zip(functions, per_sample(list(functions.values()), paths)))
+            for label, s in seconds_of.items():
+                print(f"{label:44}{1e3 * s:8.1f}{1 / s:11.1f}" + (f"{s / seconds_of[bare]:25.2f}" if bare in seconds_of else ""))
 
 
 def main():
