@@ -232,14 +232,13 @@ def breakdown(args, device, dtype):
     """Time (forward and backward) and arithmetic of each kind of module on its own, times how often it stands in the model."""
     torch.manual_seed(0)
     model = make_models(args)[0][f"STD-Former {args.model}"].to(device).train()
-    c, (H, W) = model.config, model.grid
-    B, T = args.batch, c.num_frames // c.stem_stride
-    tokens = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32       # as the stem gives them
-    x = torch.randn(B, T, 1 + H * W, c.dim, device=device, dtype=tokens)
-    y = torch.randn(B, T, H, W, c.dim, device=device, dtype=tokens)
-    video = torch.randn(B, 3, c.num_frames, c.image_size, c.image_size, device=device)
+    c = model.config
+    video = torch.randn(args.batch, 3, c.num_frames, c.image_size, c.image_size, device=device)
+    with torch.no_grad(), autocast(device, args.precision):
+        x, grid = model.stem(video)                     # tokens of the type that the modules get
+    y = x[:, :, 1:].unflatten(2, grid).contiguous()
     plain = [b for i, b in enumerate(model.blocks) if i not in c.ptm_layers]
-    kinds = {"stem": ([model.conv1], (video,)), "Block (CLIP)": (plain, (x, (H, W))), "PTM": ([model.blocks[i] for i in c.ptm_layers], (x, (H, W))),
+    kinds = {"stem": ([model.conv1], (video,)), "Block (CLIP)": (plain, (x, grid)), "PTM": ([model.blocks[i] for i in c.ptm_layers], (x, grid)),
              "CTM": (list(model.ctm), (y, y.clone())), "STDM": ([model.stdm[i] for i in c.stdm_layers], (y,)), "SMEM": ([model.smem_t[i] for i in c.smem_layers], (y,))}
 
     def step(m, inputs):
