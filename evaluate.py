@@ -97,11 +97,15 @@ def build_trained(checkpoint, path, model=None):
     return model
 
 
-def ignore_interrupt(worker):
-    """Data workers leave Ctrl-C, and torchrun's SIGTERM to all, to the process that trains: it finishes its step and saves."""
+def setup_worker(worker):
+    """Data workers leave Ctrl-C, and torchrun's SIGTERM to all, to the process that trains: it finishes its step and saves.
+
+    Where that process ends, it alone says why: a worker that was just handing it a batch does not report the lost connection.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     faulthandler.disable()                              # when a decoder crashes, that process names the clip instead
+    sys.excepthook = lambda kind, error, trace: None if isinstance(error, (ConnectionError, EOFError)) else sys.__excepthook__(kind, error, trace)
 
 
 def kill_workers():
@@ -152,7 +156,7 @@ def evaluate(model, dataset, device, rank=0, world=1, batch_size=8, workers=0, p
     asked_to_stop: a list that a signal fills; a rank that was asked leaves early, and all of them return None.
     """
     mine = torch.utils.data.Subset(dataset, range(rank, len(dataset), world))
-    loader = torch.utils.data.DataLoader(mine, batch_size=batch_size, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupt,
+    loader = torch.utils.data.DataLoader(mine, batch_size=batch_size, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=setup_worker,
                                          timeout=timeout if workers else 0)
     model.eval()
     rows = []

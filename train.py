@@ -31,7 +31,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 import data
-from evaluate import autocast, build_trained, evaluate, ignore_interrupt, load_checkpoint, pick_device, refuse, run_program, setup_processes
+from evaluate import autocast, build_trained, evaluate, load_checkpoint, pick_device, refuse, run_program, setup_processes, setup_worker
 from model import STDFormer, add_model_flags, config_from_flags, is_clip_parameter, load_clip, resize_positions
 
 # ----------------------------------------------------------------------------------------------------
@@ -481,7 +481,7 @@ def main(argv=None):
     mixes += [v2.CutMix(alpha=args.cutmix, num_classes=len(classes))] if args.cutmix else []
     loader = iter(torch.utils.data.DataLoader(
         train_set, batch_sampler=step_batches(len(train_set), args.batch_size, step, stop_at, args.seed, rank, world),
-        num_workers=args.workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupt, timeout=args.timeout if args.workers else 0))
+        num_workers=args.workers, pin_memory=device.type == "cuda", worker_init_fn=setup_worker, timeout=args.timeout if args.workers else 0))
 
     asked_to_stop = []                                  # filled by a signal; the step in progress is finished first
     handlers = {s: signal.signal(s, lambda number, frame: asked_to_stop.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}

@@ -5,6 +5,7 @@
 A fast sample of scripts/fuzz.py, which is the long form; uses ffmpeg as the reference where it is installed.
 """
 import json
+import multiprocessing.connection
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 import data
+import evaluate
 from conftest import ROOT
 from model import build_model
 
@@ -239,6 +241,20 @@ def test_a_data_worker_that_hangs_names_its_clip(folders, tmp_path):
     code, complaint = run_faulty("evaluate.py", "time.sleep(600)", "17", "--ckpt", tmp_path / "model.pt", "--device", "cpu", "--workers", 1, "--timeout", 2)
     last = complaint.splitlines()[-1]
     assert code == 1 and last.startswith("evaluate.py: ") and "clip 17 " in last and "timed out after 2" in last, complaint
+
+
+def test_a_worker_hands_over_in_silence(monkeypatch, capfd):
+    """A trainer that ends while it takes over a batch tears the worker's connection; that is no second error to report."""
+    connect = multiprocessing.connection.SocketClient
+
+    def torn(address):
+        connect(address).close()
+        return connect(address)
+
+    monkeypatch.setattr(multiprocessing.connection, "SocketClient", torn)
+    loader = torch.utils.data.DataLoader(torch.arange(4), num_workers=1, worker_init_fn=evaluate.setup_worker)
+    assert torch.cat(list(loader)).tolist() == [0, 1, 2, 3]
+    assert capfd.readouterr().err == ""
 
 
 def test_worker_error_leaves_other_errors_alone():
