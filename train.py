@@ -32,7 +32,7 @@ from torchvision.transforms import v2
 
 import data
 from evaluate import autocast, build_trained, evaluate, load_checkpoint, pick_device, refuse, run_program, setup_processes, setup_worker
-from model import STDFormer, add_model_flags, config_from_flags, is_clip_parameter, load_clip, resize_positions
+from model import ModelConfig, STDFormer, add_model_flags, config_from_flags, is_clip_parameter, load_clip, resize_positions
 
 # ----------------------------------------------------------------------------------------------------
 # Configuration
@@ -322,13 +322,14 @@ THE_SAME = ("dataset", "batch_size", "epochs", "seed", "lr", "min_lr", "warmup_e
 
 
 def check_resume(checkpoint, path, args, config, classes):
-    """Refuse to go on with another model, class list or recipe; name every difference."""
-    old = checkpoint["model_config"]
-    problems = [f"{k}: checkpoint {old.get(k)!r}, now {v!r}" for k, v in config.items() if old.get(k) != v]
+    """Refuse to go on with another model, class list or recipe; name every difference. A flag that is newer than the checkpoint had its default."""
+    old = {**asdict(ModelConfig()), **checkpoint["model_config"]}
+    old_args = {**vars(get_args(["--dataset", args.dataset, "--recipe", args.recipe])), **checkpoint["args"]}
+    problems = [f"{k}: checkpoint {old[k]!r}, now {v!r}" for k, v in config.items() if old[k] != v]
     if checkpoint["classes"] != classes:
         gone, new = set(checkpoint["classes"]) - set(classes), set(classes) - set(checkpoint["classes"])
         problems.append(f"classes: {len(checkpoint['classes'])} in the checkpoint, {len(classes)} now; only there {sorted(gone)[:3]}, only now {sorted(new)[:3]}")
-    problems += [f"{k}: checkpoint {checkpoint['args'].get(k)!r}, now {getattr(args, k)!r}" for k in THE_SAME if checkpoint["args"].get(k) != getattr(args, k)]
+    problems += [f"{k}: checkpoint {old_args[k]!r}, now {getattr(args, k)!r}" for k in THE_SAME if old_args[k] != getattr(args, k)]
     if problems:
         raise ValueError(f"--resume: {path} is another run; give it the same flags, or start anew in another --out_dir:\n  " + "\n  ".join(problems))
 

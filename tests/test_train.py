@@ -271,6 +271,17 @@ def test_resume_is_exact_to_the_last_bit(finished, clips, tmp_path, stop):
     assert {k: resumed[k] for k in ("step", "epoch", "step_in_epoch", "best")} == {k: expected[k] for k in ("step", "epoch", "step_in_epoch", "best")}
 
 
+def test_a_flag_that_is_newer_than_the_checkpoint_had_its_default(finished, clips, tmp_path):
+    half, _ = run(clips, tmp_path / "out", *EVERYTHING, "--max_steps", "5")
+    del half["args"]["sync_bn"], half["model_config"]["learn_fusion"]
+    torch.save(half, tmp_path / "out" / "last.pt")
+    with pytest.raises(ValueError) as e:
+        run(clips, tmp_path / "out", *EVERYTHING, "--resume", "--no-sync_bn", "--no-learn_fusion")
+    assert "sync_bn: checkpoint True, now False" in str(e.value) and "learn_fusion: checkpoint True, now False" in str(e.value)
+    resumed, _ = run(clips, tmp_path / "out", *EVERYTHING, "--resume")
+    assert same(resumed["model"], finished[1]["model"])
+
+
 def test_a_restart_by_torchrun_resumes_by_itself(finished, clips, tmp_path, monkeypatch):
     run(clips, tmp_path / "out", *EVERYTHING, "--max_steps", "5")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
