@@ -642,9 +642,10 @@ def make_toy(root, seed=None, train=None, validation=None, difficulty=None):
     if root.exists() and any(root.iterdir()):
         raise ValueError(f"--data_root {root}: holds other files; the toy data needs a new or empty folder")
     root.parent.mkdir(parents=True, exist_ok=True)
-    start, aside = time.time(), Path(tempfile.mkdtemp(prefix=root.name + ".", dir=root.parent))
+    start, beside = time.time(), Path(tempfile.mkdtemp(prefix=root.name + ".", dir=root.parent))
     try:
-        aside.chmod(0o755)                              # mkdtemp's folders are closed to others
+        aside = beside / root.name                      # mkdtemp's own folder is closed to others
+        aside.mkdir()
         frames = aside / "20bn-something-something-v1"
         frames.mkdir()
         jobs = [(str(frames), i + 1, seed, "train", i, difficulty) for i in range(train)]
@@ -663,7 +664,7 @@ def make_toy(root, seed=None, train=None, validation=None, difficulty=None):
         if not (root / "toy.json").is_file():           # else another process was faster: its data are the same
             raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 # ----------------------------------------------------------------------------------------------------
