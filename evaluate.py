@@ -102,6 +102,8 @@ def setup_worker(worker):
 
     Where that process ends, it alone says why: a worker that was just handing it a batch does not report the lost connection.
     """
+    if multiprocessing.get_start_method() == "fork" and os.getppid() != multiprocessing.parent_process().pid:
+        os._exit(1)                                     # it was killed already, before PyTorch's watchdog knew it: nobody else would end this worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     faulthandler.disable()                              # when a decoder crashes, that process names the clip instead

@@ -2,8 +2,11 @@
 
     python -m pytest -q tests/test_faults.py
 """
+import multiprocessing
 import os
+import signal
 import sys
+import time
 
 import pytest
 import torch
@@ -143,6 +146,31 @@ def test_a_bomb_explodes_where_nobody_looks(tmp_path):
     files = faults.foreign_files(tmp_path / "foreign", {"model": {}})
     torch.load(files["checkpoint with code"], weights_only=False)["model"].close()
     assert (tmp_path / "foreign" / "exploded").exists()
+
+
+# ----- data workers -----
+
+
+def test_a_worker_that_begins_after_its_trainer_was_killed_ends():
+    fork = multiprocessing.get_context("fork")
+    until, lives = os.pipe()
+
+    def trainer():
+        pid = os.getpid()
+
+        def worker():
+            while os.getppid() == pid:
+                time.sleep(0.01)
+            evaluate.setup_worker(0)
+            os.write(lives, b"the worker lives on")
+
+        fork.Process(target=worker).start()
+        os.kill(pid, signal.SIGKILL)
+
+    fork.Process(target=trainer).start()
+    os.close(lives)
+    with open(until, "rb") as f:
+        assert f.read() == b""                          # ends when the last process that could write has ended
 
 
 # ----- numbers -----
