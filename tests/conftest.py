@@ -32,7 +32,7 @@ def run_two_ranks(script, *flags):
     ranks = [subprocess.Popen([sys.executable, str(ROOT / script), *map(str, flags)], env=dict(common, RANK=str(r), LOCAL_RANK=str(r)), text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for r in range(2)]
     try:
-        printed = [p.communicate(timeout=120)[0] for p in ranks]
+        printed = [p.communicate(timeout=300)[0] for p in ranks]
     finally:
         for p in ranks:
             p.kill()
