@@ -642,9 +642,9 @@ def make_toy(root, seed=None, train=None, validation=None, difficulty=None):
     if root.exists() and any(root.iterdir()):
         raise ValueError(f"--data_root {root}: holds other files; the toy data needs a new or empty folder")
     root.parent.mkdir(parents=True, exist_ok=True)
-    start, beside = time.time(), Path(tempfile.mkdtemp(prefix=root.name + ".", dir=root.parent))
+    start, scratch = time.time(), Path(tempfile.mkdtemp(prefix=root.name + ".", dir=root.parent))
     try:
-        aside = beside / root.name                      # mkdtemp's own folder is closed to others
+        aside = scratch / root.name                     # mkdtemp's own folder is closed to others
         aside.mkdir()
         frames = aside / "20bn-something-something-v1"
         frames.mkdir()
@@ -664,7 +664,7 @@ def make_toy(root, seed=None, train=None, validation=None, difficulty=None):
         if not (root / "toy.json").is_file():           # else another process was faster: its data are the same
             raise
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 # ----------------------------------------------------------------------------------------------------
