@@ -409,12 +409,15 @@ class TrainTransform:
 
     Both draw once per call from torch's global random state, so all frames of a clip get the same transform.
     scale      range of the crop's share of the area (UniFormerV2: 0.08 to 1); aspect ratios 3/4 to 4/3
-    magnitude  of RandAugment's 4 operations, on torchvision's scale of 31 bins (UniFormerV2's m 7 of 10: 21); 0: none
+    magnitude  of RandAugment, on torchvision's scale of 31 bins (UniFormerV2's m 7 of 10: 21); 0: none. Of four
+               operations each is applied with probability 0.5, as there. Its magnitude noise is left out, and the list
+               of operations is torchvision's: Identity instead of Invert and SolarizeAdd, at least 4 bits in Posterize
     """
 
     def __init__(self, size, scale=(0.08, 1.0), magnitude=0):
         self.crop = v2.RandomResizedCrop(size, scale, antialias=True)
-        self.augment = v2.RandAugment(4, magnitude, interpolation=InterpolationMode.BILINEAR) if magnitude else None
+        one = v2.RandomApply([v2.RandAugment(1, magnitude, interpolation=InterpolationMode.BILINEAR)], p=0.5)
+        self.augment = v2.Compose([one] * 4) if magnitude else None
 
     def __call__(self, video):
         video = self.crop(video)

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms import v2
 from PIL import Image
 
 import data
@@ -278,6 +279,20 @@ def test_one_transform_for_all_frames(tmp_path, options):
         assert (video == video[:, :1]).all(), f"epoch {epoch}: frames of one clip differ"
         seen.add(video.numpy().tobytes())
     assert len(seen) == 25
+
+
+def test_randaugment_applies_each_of_four_operations_with_probability_one_half(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(v2.RandAugment, "forward", lambda self, video: drawn.append((self.num_ops, self.magnitude, tuple(video.shape))) or video)
+    transform, video, counts = data.TrainTransform(16, magnitude=21), torch.zeros(5, 3, 20, 24, dtype=torch.uint8), []
+    torch.manual_seed(0)
+    for _ in range(2000):
+        drawn.clear()
+        transform(video)
+        counts.append(len(drawn))
+        assert set(drawn) <= {(1, 21, (5, 3, 16, 16))}  # one operation at a time, on all frames of the clip at once
+    shares = np.bincount(counts, minlength=5) / len(counts)
+    assert np.abs(shares - np.array([1, 4, 6, 4, 1]) / 16).max() < 0.05, shares         # binomial; 0.05 is 4.5 standard deviations
 
 
 def test_three_crops_cover_left_centre_right(tmp_path):
