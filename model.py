@@ -239,19 +239,22 @@ class Block(nn.Module):
 class DPE(nn.Module):
     """Dynamic position encoding: tells each place what stands there just before and after.
 
-    Section 3.2, Fig. 2: 1x1x1, 3x1x1 and 1x1x1 convolutions, "depthwise separable": the 3x1x1 is depthwise. No
-    activation between them is mentioned, so there is none. On tokens a 1x1x1 convolution is a Linear layer.
+    Section 3.2, Fig. 2: 1x1x1, 3x1x1 and 1x1x1 convolutions, "depthwise separable": the 3x1x1 is depthwise. These
+    are the convolutions of UniFormerV2's local MHRA, whose form we take: BatchNorm in front, width D / 1.5 between,
+    no activation. The paper names neither. On tokens a 1x1x1 convolution is a Linear layer.
     patches: (B, T, N, D) -> the same.
     """
 
     def __init__(self, dim):
         super().__init__()
-        self.reduce = nn.Linear(dim, dim)
-        self.conv = nn.Conv2d(dim, dim, (3, 1), padding=(1, 0), groups=dim)     # on the (T, N) plane
-        self.expand = nn.Linear(dim, dim)
+        width = 2 * dim // 3
+        self.bn = nn.BatchNorm2d(dim)                                           # over the (T, N) plane
+        self.reduce = nn.Linear(dim, width)
+        self.conv = nn.Conv2d(width, width, (3, 1), padding=(1, 0), groups=width)
+        self.expand = nn.Linear(width, dim)
 
     def forward(self, patches):
-        return self.expand(conv_tokens(self.conv, self.reduce(patches)))
+        return self.expand(conv_tokens(self.conv, self.reduce(conv_tokens(self.bn, patches))))
 
 
 class PTMConv(nn.Module):
@@ -325,7 +328,7 @@ class PTM(nn.Module):
         def on_patches(z):                              # (B, T, N, D) -> (B, T, 1+N, D): nothing for the class token
             return F.pad(z, (0, 0, 1, 0))
 
-        x = x + on_patches(self.dpe(x[:, :, 1:]))
+        x = x + self.drop_path(on_patches(self.dpe(x[:, :, 1:])))
         z = self.ln_1(x)
         y1 = self.attn(z.flatten(0, 1) if self.attention == "space" else z.flatten(1, 2)).view_as(x)
         y2 = self.mlp(self.ln_2(x))
@@ -589,8 +592,8 @@ class STDFormer(nn.Module):
 
     def forward_features(self, video):
         """Both branches to the last layer: video (B, 3, F, S, S) -> x (B, T, 1+N, D), y (B, T, H, W, D)."""
-        def run(module, *inputs):                       # blocks and CTMs hold the most memory, and no BatchNorm to count twice
-            if self.checkpointing and self.training:
+        def run(module, *inputs):                       # not PTM: recomputed, its BatchNorm would count each batch twice
+            if self.checkpointing and self.training and not isinstance(module, PTM):
                 return checkpoint(module, *inputs, use_reentrant=False)
             return module(*inputs)
 
@@ -792,13 +795,22 @@ def config_from_flags(args, **overrides):
     return ModelConfig(**{**MODELS[args.model], **flags, **overrides})
 
 
-def count_macs(model, batch=1):
-    """Multiply-accumulates of one forward pass, {submodule name: MACs}, counted by torch's FlopCounterMode on the meta device."""
+def count_macs(module, *inputs):
+    """Multiply-accumulates of module(*inputs), {submodule name: MACs}, the whole under "Global".
+
+    Counted by torch's FlopCounterMode on the meta device in float32: nothing is computed, and no kernel of a device matters,
+    some of which some versions do not count.
+    """
     from torch.utils.flop_counter import FlopCounterMode
-    c = model.config
-    with FlopCounterMode(display=False, depth=None) as counter:
-        copy.deepcopy(model).to("meta")(torch.empty(batch, 3, c.num_frames, c.image_size, c.image_size, device="meta"))
+    inputs = [x.to("meta", torch.float32) if torch.is_tensor(x) else x for x in inputs]
+    with FlopCounterMode(display=False, depth=None) as counter, torch.no_grad():
+        copy.deepcopy(module).to("meta")(*inputs)
     return {name: sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}
+
+
+def one_video(config):
+    """A normalised video of one clip as this configuration has it, without data."""
+    return torch.empty(1, 3, config.num_frames, config.image_size, config.image_size, device="meta")
 
 
 def main():
@@ -817,7 +829,7 @@ def main():
         def record(m, inputs, output, name=name):
             shapes[name] = (inputs[0].shape, output.shape if torch.is_tensor(output) else None)
         m.register_forward_hook(record)
-    macs = count_macs(model)
+    macs = count_macs(model, one_video(c))
 
     def row(label, names):
         names = [n for n in names if n in shapes]

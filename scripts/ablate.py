@@ -29,7 +29,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data
-from model import MODELS, STDFormer, config_from_flags, count_macs
+from model import MODELS, STDFormer, config_from_flags, count_macs, one_video
 from train import get_args, replacing
 from variants import VARIANTS
 
@@ -119,13 +119,19 @@ def make_tables(dataset, depth):
             fixed(*pair) for pair in ((1.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.5), (1.0, 2.0), (0.5, 0.5), (2.0, 2.0))]),
         "readings": Table("where the paper is silent", "the full model, one choice changed at a time", [
             Row("default"),
-            Row("CTM: residual on the memory", "--ctm_residual memory"), Row("CTM: residual on both", "--ctm_residual both"),
-            Row("CTM: CPE on query and memory", "--ctm_cpe both"), Row("CTM: output starts at zero", variant="ctm_zero"),
+            Row("DPE: no BatchNorm", variant="dpe_no_bn"), Row("DPE: as wide as its input, no BatchNorm, no drop path", variant="dpe_wide"),
             Row("PTM: 2D conv on (H, W)", "--ptm_conv_plane space"), Row("PTM: conv instead of identity", "--ptm_shortcut conv"),
             Row("PTM: attention over space and time", "--ptm_attention spacetime"), Row("PTM: alpha, beta fixed at 1", fixed(1.0, 1.0).flags),
+            Row("CTM: residual on the memory", "--ctm_residual memory"), Row("CTM: residual on both", "--ctm_residual both"),
+            Row("CTM: CPE on the query", variant="cpe_query"), Row("CTM: CPE on query and memory", "--ctm_cpe both"),
+            Row("CTM: output starts at zero", variant="ctm_zero"),
             Row("stem: stride 1, twice the token frames", "--stem_stride 1"), Row("stem: kernel over 1 frame, skips every second", "--stem_kernel 1"),
+            Row("STDM: dense convolutions", variant="stdm_dense"),
             Row("STDM: into the last third only", f"--stdm_layers {into_last_third}"), Row("STDM: nowhere", "--stdm_layers"),
-            Row("SMEM: gates instead of adds", variant="smem_gate"), Row("head: fused with the ST-branch", "--head fused")]),
+            Row("SMEM: features of unit length", variant="smem_unit"), Row("SMEM: ReLU behind the correlation", variant="smem_relu"),
+            Row("SMEM: unit length and ReLU", variant="smem_unit_relu"), Row("SMEM: gates instead of adds", variant="smem_gate"),
+            Row("head: fused with the ST-branch", "--head fused"),
+            Row("loss: MixUp and CutMix too", "--mixup 0.8 --cutmix 1.0")]),
         "controls": Table("controls", "what is learned without order or without motion, and by plain transformers: parameters within 7 %, arithmetic within 11 %", [
             *(Row(name + without, untrained, variant=variant) for name, variant in plain), *([Row("STD-Former")] if without else []),
             Row("STD-Former, frames shuffled", "--control shuffle"), Row("STD-Former, one frame", "--control single")]),
@@ -304,7 +310,7 @@ def write_table(path, title, table, runs, args):
         if row_runs:
             with torch.device("meta"):
                 model = VARIANTS.get(row.variant, STDFormer)(row_runs[0].config)
-                cost = [f"{sum(p.numel() for p in model.parameters()) / 1e6:.3g}", f"{count_macs(model)['Global'] / 1e9:.3g}"]
+                cost = [f"{sum(p.numel() for p in model.parameters()) / 1e6:.3g}", f"{count_macs(model, one_video(model.config))['Global'] / 1e9:.3g}"]
         ours = [spread([r[k] for r in results]) if results else "not run" if row_runs else "" for k in ("top1", "top5")]
         lines.append("| " + " | ".join([row.label, *[row.paper or ""] * len(paper), *ours, str(len(results)) if row_runs else "", *cost]) + " |")
     path.parent.mkdir(parents=True, exist_ok=True)

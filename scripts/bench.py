@@ -25,12 +25,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 from evaluate import autocast, pick_device, run_program
-from model import Block, STDFormer, build_model
+from model import Block, STDFormer, build_model, count_macs
 
 # ----------------------------------------------------------------------------------------------------
 # The models that are compared
@@ -132,11 +131,9 @@ def few_digits(x):
     return f"{x:.1f}" if x > 9 else f"{x:.3f}"
 
 
-def gmacs(model, shape):
+def gmacs(model, *inputs):
     model.train()                                       # in eval mode nn.MultiheadAttention has a fast path that is not counted
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(1, *shape, device=next(model.parameters()).device))
-    return counter.get_total_flops() / 2e9
+    return count_macs(model, *inputs)["Global"] / 1e9
 
 
 def saved_gib(model, run):
@@ -165,7 +162,7 @@ def compare(args, device, dtype):
     rows, steps = {}, {}
     for name, m in models.items():
         m.to(device)
-        rows[name] = dict(params=sum(p.numel() for p in m.parameters()) / 1e6, macs=gmacs(m, shape), forward=[], train=[])
+        rows[name] = dict(params=sum(p.numel() for p in m.parameters()) / 1e6, macs=gmacs(m, video[:1]), forward=[], train=[])
         run = torch.compile(m) if args.compile else m
 
         def forward(m=m, run=run):
@@ -256,11 +253,9 @@ def breakdown(args, device, dtype):
     for kind, (modules, inputs) in kinds.items():
         if modules:
             run = torch.compile(modules[0]) if args.compile else modules[0]
-            with FlopCounterMode(display=False) as counter, torch.no_grad(), autocast(device, args.precision):
-                modules[0](*inputs)
             step(run, inputs)
             rows.append((kind, len(modules), statistics.median(seconds(device, lambda: step(run, inputs)) for _ in range(args.rounds + 2)),
-                         counter.get_total_flops() / 2))
+                         1e9 * gmacs(modules[0], *inputs)))
     model = torch.compile(model) if args.compile else model
     whole()
     total = statistics.median(seconds(device, whole) for _ in range(args.rounds))

@@ -3,26 +3,38 @@
     python scripts/variants.py frames train --out_dir out/frames             # flags behind `train` are train.py's
     python scripts/variants.py frames evaluate --ckpt out/frames/last.pt     # and behind `evaluate` are evaluate.py's
 
-frames      frame-wise ViT: CLIP's blocks on every frame, class tokens averaged. It cannot know the order of the frames
-divided     space-time ViT with divided attention (TimeSformer: Bertasius et al., ICML 2021), behind STD-Former's own stem
-ctm_zero    STD-Former whose CTMs start with an output of zero, as one does for paths added to a trained network
-smem_gate   STD-Former whose SMEM scales its input (by 2 sigmoid(m), as in TEA: Li et al., CVPR 2020) instead of adding to it
+Other architectures, with the width and heads of the STD-Former that the flags describe, and as many layers as its parameters
+make, behind its own stem: is it the architecture, or would any transformer do?
 
-The first two have the width and heads of the STD-Former that the flags describe, and as many layers as its parameters
-make, counted behind its own stem. They answer "is it the architecture, or would any transformer do?"; the other two are
-readings of the paper (README, "Where the paper is silent") that are not worth an argument in model.py.
+    frames          frame-wise ViT: CLIP's blocks on every frame, class tokens averaged. It cannot know the order of the frames
+    divided         space-time ViT with divided attention (TimeSformer: Bertasius et al., ICML 2021)
+
+Readings of the paper (README, "Where the paper is silent") that are not worth an argument in model.py: STD-Former with one of its
+modules replaced.
+
+    dpe_no_bn       DPE without BatchNorm
+    dpe_wide        DPE as wide as its input, without BatchNorm and drop path
+    cpe_query       CPE on CTM's query instead of its memory: UniFormerV2 has it on the backbone's features
+    ctm_zero        CTM's cross attention starts with an output of zero, as one does for paths added to a trained network
+    stdm_dense      STDM with dense convolutions, as in R(2+1)D (Tran et al., CVPR 2018): 7.7 M parameters each in b16
+    smem_gate       SMEM scales its input (by 2 sigmoid(m), as in TEA: Li et al., CVPR 2020) instead of adding to it
+    smem_unit       SMEM compares features of unit length, as MotionSqueeze does (Kwon et al., ECCV 2020)
+    smem_relu       ReLU behind SMEM's correlation, as there
+    smem_unit_relu  both
 """
 import sys
 from pathlib import Path
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 import train
-from model import Attention, Block, CTM, DropPath, MLP, SMEM, STDFormer
+import model
+from model import Attention, Block, CTM, DPE, DropPath, MLP, SMEM, STDFormer, STDM
 
 
 def layers_for(config, parameters_per_layer):
@@ -123,36 +135,88 @@ class DividedViT(FrameViT):
         return super().tokens(video) + self.time_embedding
 
 
-class ZeroCTM(STDFormer):
-    """STD-Former whose cross attention starts silent: until out_proj has grown, y_{i-1} reaches y_i by way of STDM and x_i alone."""
+class DPEWithoutBN(DPE):
+    def __init__(self, dim):
+        super().__init__(dim)
+        self.bn = nn.Identity()
 
-    def init_weights(self):
-        super().init_weights()
-        for m in self.modules():
-            if isinstance(m, CTM):
-                nn.init.zeros_(m.out_proj.weight)
+
+class WideDPE(DPE):
+    def __init__(self, dim):
+        super().__init__(dim)
+        self.bn = nn.Identity()
+        self.reduce, self.expand = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.conv = nn.Conv2d(dim, dim, (3, 1), padding=(1, 0), groups=dim)
+
+
+class QueryCPE(CTM):
+    def forward(self, x, y):
+        x = x + self.cpe(x)
+        z = x + self.drop_path(self.cross_attention(self.ln_q(x), self.ln_kv(y)))
+        return z + self.drop_path(self.mlp(self.ln_2(z)))
+
+
+class ZeroCTM(CTM):
+    """Until out_proj has grown, y_{i-1} reaches y_i by way of STDM and x_i alone."""
+
+
+class DenseSTDM(STDM):
+    def __init__(self, dim):
+        super().__init__(dim)
+        self.conv_s = nn.Conv2d(dim, dim, 3, padding=1, bias=False)
+        self.conv_t = nn.Conv2d(dim, dim, (3, 1), padding=(1, 0), bias=False)
 
 
 class GatedSMEM(SMEM):
-    """SMEM as a gate: motion m scales each channel of each place by 2 sigmoid(m), which is 1 where there is none."""
+    """Motion m scales each channel of each place by 2 sigmoid(m), which is 1 where there is none."""
 
     def forward(self, y):
         motion = super().forward(y) - y
         return y * 2 * motion.sigmoid()
 
 
-class GateSTDFormer(STDFormer):
-    """STD-Former with GatedSMEM wherever it has an SMEM."""
+class UnitSMEM(SMEM):
+    """Cosines: f of unit length, so nothing is left to scale. f: (B, T, N, C) -> (B, T-1, N, N)."""
 
-    def __init__(self, config):
-        super().__init__(config)
-        for m in self.modules():
-            if isinstance(m, SMEM):
-                m.__class__ = GatedSMEM                 # same parameters, another sum
-        self.register_buffer("smem_gates", torch.ones(()))          # so that evaluate.py alone refuses its checkpoints
+    def correlation(self, f):
+        return super().correlation(F.normalize(f, dim=-1)) * f.shape[-1] ** 0.5
 
 
-VARIANTS = {"frames": FrameViT, "divided": DividedViT, "ctm_zero": ZeroCTM, "smem_gate": GateSTDFormer}
+class ReluSMEM(SMEM):
+    def correlation(self, f):
+        return super().correlation(f).relu()
+
+
+class UnitReluSMEM(UnitSMEM):
+    def correlation(self, f):
+        return super().correlation(f).relu()
+
+
+def with_module(name, new):
+    """STDFormer built with the class `new` in the place of its base class, which is one of model.py's."""
+    old = next(base for base in new.__mro__ if base.__module__ == "model")
+
+    class Variant(STDFormer):
+        def __init__(self, config):
+            setattr(model, old.__name__, new)           # model.py looks its parts up by name
+            try:
+                super().__init__(config)
+            finally:
+                setattr(model, old.__name__, old)
+            self.register_buffer("variant_" + name, torch.ones(()))             # so that evaluate.py alone refuses its checkpoints
+
+        def init_weights(self):
+            super().init_weights()
+            for m in self.modules():
+                if isinstance(m, ZeroCTM):
+                    nn.init.zeros_(m.out_proj.weight)
+
+    return Variant
+
+
+MODULES = {"dpe_no_bn": DPEWithoutBN, "dpe_wide": WideDPE, "cpe_query": QueryCPE, "ctm_zero": ZeroCTM, "stdm_dense": DenseSTDM,
+           "smem_gate": GatedSMEM, "smem_unit": UnitSMEM, "smem_relu": ReluSMEM, "smem_unit_relu": UnitReluSMEM}
+VARIANTS = {"frames": FrameViT, "divided": DividedViT, **{name: with_module(name, new) for name, new in MODULES.items()}}
 
 
 def no_clip(model, source):
