@@ -1,102 +1,122 @@
-"""See what the model sees: pictures of one clip and of what each module of a trained STD-Former does with it.
+"""See what a trained STD-Former sees: pictures of one clip, and of what each module does with it.
 
-    python scripts/visualize.py --ckpt out/toy/best.pt --clip 6001 --out pictures       # a clip of the data set trained on
-    python scripts/visualize.py --ckpt out/ssv2/best.pt --video clip.webm               # any video, or a folder of frames
+    python scripts/visualize.py --ckpt out/toy/best.pt --clip 6001      # a clip of the data set
+    python scripts/visualize.py --ckpt out/ssv2/best.pt --video clip.webm       # or any video
     python scripts/visualize.py --ckpt out/toy/best.pt --clip 6001 --only ctm --place 2 3
-    python scripts/visualize.py --toy_classes classes.webp                              # the toy's ten classes side by side
+    python scripts/visualize.py --toy_classes classes.webp              # the toy's ten classes
 
-    frames.png      the frames that the model is given, their times, the five most likely classes
-    order.png       the same clip reversed, shuffled and standing still: does the answer depend on time?
+    frames.png      the frames that the model is given, and the five most likely classes
+    order.png       the same frames reversed, shuffled and repeated: does the answer need time?
     relevance.png   which places of which frames speak for the answer
-    ctm.png         which frame attends to which, per layer and head                                   (section 3.3)
-    smem.png        where each place went in the next frame, and what SMEM makes of it                 (section 3.5)
-    stdm.png        how much is fed back to which place, per layer                                     (section 3.4)
-    ptm.png         sizes of the three terms of Eq. 1                                                  (section 3.2)
-    clip.webp       animation: clip, motion and relevance
+    ctm.png         which frame attends to which (section 3.3)
+    smem.png        where each place went in the next frame, and what SMEM makes of it (section 3.5)
+    stdm.png        how much is fed back to which place (section 3.4)
+    ptm.png         sizes of the three terms of Eq. 1 (section 3.2)
+    clip.webp       animation: the clip, its motion and its relevance
 
-The pictures show one view, the centre crop. What the model does not have is left out, with a line that says so. Nothing
-is added to the model: forward hooks read what flows through it. ctm, smem, stdm and ptm are plots and need matplotlib.
+The pictures show one view, the centre crop. If the model lacks a module, its picture is left out,
+and a line says so. The model is not changed: forward hooks read what flows through it. The plots
+ctm, smem, stdm and ptm need matplotlib.
 """
 import argparse
 import sys
 from dataclasses import dataclass
-from itertools import product
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
 import data
-from evaluate import build_trained, load_checkpoint, pick_device
-from model import PTM, STDFormer
+from evaluate import load_checkpoint, pick_device, predict, run_program
+from model import PTM, ModelConfig, STDFormer
+from scripts.toy_data import TOY_CLASSES, toy_render, toy_scene
 
-PICTURES = ("frames", "order", "relevance", "ctm", "smem", "stdm", "ptm", "clip")
-PLOTS = ("ctm", "smem", "stdm", "ptm")
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#BBBBBB"         # Okabe and Ito's, which colour-blind readers can tell apart
-PALE_BLUE, INK = "#CFE3F1", "#222222"
-COLUMNS = 8                                             # frames beside each other in a picture
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+BLUE, ORANGE, GREEN, YELLOW = "#0072B2", "#D55E00", "#009E73", "#F0E442"
+PALE_BLUE, GREY, DARK_GREY, INK = "#CFE3F1", "#BBBBBB", "#555555", "#222222"
 
-# ----------------------------------------------------------------------------------------------------
-# The clip and the model
-# ----------------------------------------------------------------------------------------------------
+# Pictures are about as wide as GitHub shows them, and a phone shows them at half their size.
+SMALL, MEDIUM, LARGE = 15, 17, 19                       # letters, in pixels
+POINTS = 11                                             # letters of plots: 15 pixels
+COLUMNS, CELL, GAP = 8, 91, 3                           # frames in a row, and their pixels
+WIDTH = COLUMNS * (CELL + GAP) - GAP
+MARGIN = 10
+MOST = 4                                                # layers or heads in a plot
+PLOT_COLUMNS = 5                                        # frames in a plot
+
+# ----- The clip and the model -----------------------------------------------
+
+def find_in_dataset(clip, dataset, root, clip_root=None):
+    """Path and class (None if unknown) of the clip with this id, in any split of a data set.
+
+    ValueError if no split has it, FileNotFoundError if there is no split at all.
+    """
+    known, missing = [], None
+    for split in ("validation", "train", "test"):
+        try:
+            found = data.VideoDataset(dataset, root, split, clip_root=clip_root)
+        except FileNotFoundError as e:
+            missing = missing or e
+            continue
+        ids = found.ids.tolist()
+        known += ids[:3]
+        if clip in ids:
+            index = ids.index(clip)
+            label = found.labels[index]
+            return found.path(index), found.classes[label] if label >= 0 else None
+    if not known:
+        raise missing
+    raise ValueError(f"--clip is {clip}, expected one of {root}, such as {', '.join(known)}; "
+                     "--video takes a path")
 
 
 def read_frames(path, num_frames, size):
-    """One centre view of a clip, as evaluate.py --video takes it: uint8 (3, F, S, S), frame numbers (F,), their seconds or None.
+    """One centre view of a clip, as evaluate.py takes it.
 
-    Seconds are the video file's own time stamps; a folder of frames has none. Raises ClipError as data.read_clip does.
+    Returns the video, uint8 (3, F, S, S), the numbers of its frames in the clip, and their times in
+    seconds. A folder of frames has no times: None. Raises ValueError as data.read_clip does.
     """
     indices = []
 
     def choose(n):
-        indices[:] = data.eval_indices(n, num_frames)
+        indices.extend(data.eval_indices(n, num_frames).tolist())
         return np.array(indices)
 
-    view = data.eval_views(data.read_clip(path, choose), num_frames, size)[0]
-    seconds = None
-    if Path(path).is_file():
-        reader = data.import_decord().VideoReader(str(path), num_threads=1)
-        seconds = reader.get_frame_timestamp(indices)[:, 0]                     # (F, start and end)
-    return view, indices, seconds
-
-
-def find_clip(clip, dataset, root):
-    """Path and class text (None where unknown) of a clip id, looked for in validation, training and test split.
-
-    Raises ValueError where no split has it, FileNotFoundError as data.VideoDataset does.
-    """
-    data.read_classes(dataset, root, quiet=True)        # says what is missing where the folder is none
-    known = []
-    for split in ("validation", "train", "test"):
-        try:
-            found = data.VideoDataset(dataset, root, split)
-        except FileNotFoundError:
-            continue
-        ids = [i.decode() for i in found.ids]
-        known += ids[:3]
-        if clip in ids:
-            label = int(found.labels[ids.index(clip)])
-            return found.path(ids.index(clip)), found.classes[label] if label >= 0 else None
-    raise ValueError(f"--clip {clip}: {root} has no clip of that id; it has {', '.join(known)} ... (--video takes a path)")
+    video = data.eval_views(data.read_clip(path, choose), num_frames, size)[0]
+    if Path(path).is_dir():
+        return video, indices, None
+    import decord                                       # only needed for video files
+    times = decord.VideoReader(str(path), num_threads=1).get_frame_timestamp(indices)
+    return video, indices, times[:, 0]                  # each frame has a start and an end
 
 
 @torch.no_grad()
 def look_inside(model, video):
-    """Run a clip through the model and keep what flows through its modules. Returns (logits (classes,), seen).
+    """Run a clip through the model and keep what flows through its modules.
 
-    video: normalised, (1, 3, F, S, S). seen: {module name: (inputs, output)} for the modules and those of their parts that the
-    pictures need. Hooks are taken off again, so the model stays as it was.
+    video: normalised, (1, 3, F, S, S). Returns the logits (classes,), and {module name: (inputs,
+    output)} for the modules and the parts that the pictures need. The hooks are removed again.
     """
     seen, hooks = {}, []
+
+    def keep(name):
+        def hook(module, inputs, output):
+            seen[name] = inputs, output
+        return hook
+
     for name, module in model.named_modules():
         parent, _, part = name.rpartition(".")
-        whole = parent in ("blocks", "ctm", "stdm", "smem_t", "smem_st") and not isinstance(module, nn.Identity)
-        if whole or parent.count(".") == 1 and part in ("attn", "mlp", "conv", "q", "kv", "conv_in"):
-            hooks.append(module.register_forward_hook(lambda m, inputs, output, name=name: seen.__setitem__(name, (inputs, output))))
+        whole = parent in ("blocks", "ctm", "stdm", "smem_t", "smem_st")
+        inner = parent.count(".") == 1 and part in ("attn", "mlp", "conv", "q", "kv", "conv_in")
+        if (whole or inner) and not isinstance(module, nn.Identity):
+            hooks.append(module.register_forward_hook(keep(name)))
     try:
         return model(video)[0].float(), seen
     finally:
@@ -104,86 +124,100 @@ def look_inside(model, video):
             hook.remove()
 
 
-def present(model, name):
-    """Layers in which the model has the module, of its list `name`."""
-    return [i for i, module in enumerate(getattr(model, name)) if not isinstance(module, nn.Identity)]
+def smem_names(model):
+    """Names of the model's SMEMs, such as "smem_t.1"."""
+    names = [f"smem_t.{i}" for i in model.config.smem_t_layers]
+    return names + [f"smem_st.{i}" for i in model.config.smem_st_layers]
 
 
 def most_moving(video, grid):
-    """The place (row, column) whose pixels change most from frame to frame. video: (3, F, S, S)."""
+    """The place (row, column) whose pixels change most from frame to frame. (3, F, S, S)"""
     change = video.float().diff(dim=1).abs().mean((0, 1))                       # (S, S)
-    place = F.adaptive_avg_pool2d(change[None], grid)[0].flatten().argmax().item()
+    place = F.adaptive_avg_pool2d(change[None], grid)[0].argmax().item()
     return divmod(place, grid[1])
 
-
-# ----------------------------------------------------------------------------------------------------
-# What is computed from the inside
-# ----------------------------------------------------------------------------------------------------
-
+# ----- What is computed from the inside -------------------------------------
 
 def ctm_attention(seen, layer, heads):
-    """CTM's attention weights, from the queries and keys that its own projections gave: (N, heads, T, T), rows are queries, sum 1.
+    """The attention weights of a CTM: (N, heads, T, T). Rows are queries and sum to 1.
 
-    Section 3.3, Fig. 3, and CTM.cross_attention, which does not keep them.
+    Section 3.3, Fig. 3. CTM.cross_attention does not keep its weights, so we compute them again
+    from the queries and keys that its own projections gave.
     """
-    q, (k, _) = seen[f"ctm.{layer}.q"][1], seen[f"ctm.{layer}.kv"][1].chunk(2, dim=-1)             # (1, T, H, W, D)
-    q, k = (z[0].flatten(1, 2).unflatten(-1, (heads, -1)).permute(1, 2, 0, 3) for z in (q, k))      # (N, heads, T, D/heads)
+    def split_heads(z):                                 # (1, T, H, W, D) -> (N, heads, T, D/heads)
+        return z[0].flatten(1, 2).unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
+
+    k, _ = seen[f"ctm.{layer}.kv"][1].chunk(2, dim=-1)
+    q, k = split_heads(seen[f"ctm.{layer}.q"][1]), split_heads(k)
     return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
 
 
 def smem_features(seen, name, smem):
-    """What SMEM correlates, the output of its first convolution: (T, N, D/8) on SMEM's own grid."""
-    f = seen[f"{name}.conv_in"][1]
+    """What SMEM correlates, the output of its first convolution: (T, N, D/8), on SMEM's grid."""
+    f = seen[f"{name}.conv_in"][1]                                              # (T, D/8, H, W)
     if f.shape[-2:] != smem.grid:
         f = F.interpolate(f, smem.grid, mode="bilinear")
     return f.flatten(2).transpose(1, 2)
 
 
 def motion_field(f, grid):
-    """Where each place goes from a frame to the next, read from SMEM's features: (T-1, H, W, 2) steps (down, right), and where to trust it.
+    """Where each place goes from one frame to the next, read from SMEM's features.
 
-    SMEM correlates each place of frame t with all places of frame t+1; softmax over such a row and the mean of the places, less the place
-    itself, would be a displacement. On the toy that points to the right side in half of the cases, that is, nowhere: a standing background is
-    alike in all frames, and places with large features draw all arrows to themselves. So the rows are cleaned as in block matching:
-      - each place's mean over time is taken off first: only what changes is followed;
-      - normalised cross-correlation: products, averaged over the 3 x 3 places around, over the lengths of both sides;
-      - places more than a sixth of the picture away do not count, and a row that prefers none of them gives no motion.
-    trust, bool (T-1, H, W): the place differs from its mean (by a third or more of the clip's largest difference), and its best match
-    is above 0.5. So 91 % of the arrows on the toy's moving thing point to the right side (tiny model at 48 pixels), but 99 % of an untrained
-    model's do: they show what there is in the features to be correlated, not what training made of it. Nothing trains them to follow
-    things, they reach back and forth in time (stem, CTM), and their places are whole patches. A hint, not optical flow.
-    f: (T, N, C) with N = H * W.
+    SMEM correlates each place of frame t with all places of frame t+1. The products alone do not
+    show motion: a standing background resembles itself in all frames, and a place with large
+    features resembles everything. So this cleans them as block matching does:
+      - It subtracts the mean over time of each place. Only what changes is followed.
+      - It divides the products, summed over 3 x 3 places, by the lengths of both sides.
+      - It looks no farther than a sixth of the picture. The step is the mean of all steps, weighted
+        by a softmax, less what equal weights would give.
+    A place is trusted if it differs from its mean by a third or more of the largest difference in
+    the clip, and its best match is above 0.5. The result is a hint, not optical flow. It shows what
+    the features hold, which an untrained model's may hold as well.
+
+    f: (T, N, C) with N = H * W
+    Returns steps (down, right), (T-1, H, W, 2), and which to trust, bool (T-1, H, W).
     """
     (H, W), reach = grid, max(1, grid[0] // 6)
     change = (f - f.mean(0)).unflatten(1, grid)                                 # (T, H, W, C)
-    here, there = change[:-1], F.pad(change[1:], (0, 0) + (reach,) * 4)
-    inside = F.pad(torch.ones(H, W, device=f.device), (reach,) * 4).bool()
+    here = change[:-1]
+    there = F.pad(change[1:], (0, 0, reach, reach, reach, reach))
+    inside = F.pad(torch.ones(H, W, device=f.device), (reach, reach, reach, reach)).bool()
 
     def block(z):
         return F.avg_pool2d(z, 3, 1, 1)
 
-    steps = [(down, right) for down in range(-reach, reach + 1) for right in range(-reach, reach + 1)]
-    likeness = []
-    for down, right in steps:
-        rows, columns = slice(reach + down, reach + down + H), slice(reach + right, reach + right + W)
-        moved = there[:, rows, columns]
-        match = block((here * moved).sum(-1)) / (block((here ** 2).sum(-1)) * block((moved ** 2).sum(-1))).sqrt().clamp(min=1e-9)
-        likeness.append(match.masked_fill(~inside[rows, columns], -torch.inf))
-    likeness = torch.stack(likeness, dim=-1)                                    # (T-1, H, W, steps), -1 ... 1
-    possible = likeness > -torch.inf
-    weight = (10 * likeness).softmax(-1) - possible / possible.sum(-1, keepdim=True)               # 10: a tenth of likeness decides
-    size = change.norm(dim=-1)[:-1]
-    return weight @ torch.tensor(steps, device=f.device, dtype=f.dtype), (size > size.max() / 3) & (likeness.amax(-1) > 0.5)
+    steps, match, possible = [], [], []
+    for down in range(-reach, reach + 1):
+        for right in range(-reach, reach + 1):
+            rows = slice(reach + down, reach + down + H)
+            columns = slice(reach + right, reach + right + W)
+            moved = there[:, rows, columns]                                     # (T-1, H, W, C)
+            products = block((here * moved).sum(-1))
+            lengths = (block((here ** 2).sum(-1)) * block((moved ** 2).sum(-1))).sqrt()
+            steps.append((down, right))
+            match.append(products / lengths.clamp(min=1e-9))                    # from -1 to 1
+            possible.append(inside[rows, columns])
+    possible = torch.stack(possible, dim=-1)                                    # (H, W, steps)
+    match = torch.stack(match, dim=-1).masked_fill(~possible, -torch.inf)
+
+    equal = possible / possible.sum(-1, keepdim=True)
+    weights = (10 * match).softmax(-1) - equal          # 10: a tenth of likeness decides
+    field = weights @ torch.tensor(steps, device=f.device, dtype=f.dtype)
+    size = here.norm(dim=-1)
+    return field, (size > size.max() / 3) & (match.amax(-1) > 0.5)
 
 
 def relevance(model, video, steps=16):
-    """How much each place of each token frame speaks for the answer: (T, H, W), and the logits of the clip and of its still version.
+    """How much each place of each token frame speaks for the answer.
 
-    Integrated gradients (Sundararajan et al., 2017) at the stem's output: on the way from a clip that stands still (all frames are their
-    mean) to the clip, the gradient of the winning class's logit times the change, summed over the channels. So the map sums to
-    logit(clip) - logit(still clip), up to `steps`, and a place that does not change has none. (Grad-CAM, Selvaraju et al., 2017, on the
-    last y was tried first: there the frames have been mixed so much that it showed the toy's moving thing no better than chance.)
-    It explains this model's number, not the world: a place can matter because the model compares it with another.
+    Integrated gradients (Sundararajan et al., 2017) at the stem's convolution. On the way from a
+    clip that stands still (all frames are their mean) to the clip, we add up the gradient of the
+    winning class's logit times the change. So a place that does not change has no relevance, and
+    the map sums to the difference of the two logits, more exactly with more steps. It explains this
+    model's number, not the world: a place can matter because it is compared with another.
+
+    video: normalised, (1, 3, F, S, S)
+    Returns the map (T, H, W), and the logits of the clip and of the still clip.
     """
     with torch.no_grad():
         tokens = model.conv1(video)                                             # (1, D, T, H, W)
@@ -202,46 +236,55 @@ def relevance(model, video, steps=16):
         between = torch.lerp(still, tokens, (k + 0.5) / steps).requires_grad_()
         total += torch.autograd.grad(logit(between), between)[0] / steps
     with torch.no_grad():
-        return ((tokens - still) * total).sum(1)[0], logit(tokens).item(), logit(still).item()
+        heat = ((tokens - still) * total).sum(1)[0]
+        return heat, logit(tokens).item(), logit(still).item()
 
 
 @dataclass
 class Case:
-    """One clip and all that the pictures of it share."""
+    """One clip, and everything that its pictures share."""
     model: STDFormer
     classes: list
-    video: torch.Tensor         # uint8 (3, F, S, S), one view
-    indices: list               # the frames' numbers in the clip (F,)
-    seconds: object             # their times (F,), or None
+    statistics: tuple           # mean and std of normalisation
+    device: torch.device
     title: str
-    ask: object                 # uint8 (3, F, S, S) -> class probabilities
-    probability: torch.Tensor   # (classes,)
-    seen: dict                  # look_inside's
+    video: torch.Tensor         # uint8 (3, F, S, S), one view
+    indices: list               # numbers of the frames in the clip (F,)
+    seconds: object             # their times (F,), or None
     place: tuple                # (row, column), or None: the mean over places
-    relevance: tuple = None     # relevance()'s
-    motion: tuple = None        # motion_field()'s
+    probability: torch.Tensor = None        # the answer (classes,)
+    seen: dict = None                       # what look_inside returns
+    relevance: tuple = None                 # what relevance() returns
+    motion: tuple = None                    # what motion_field() returns
+
+    def normalized(self):
+        return data.normalize(self.video[None].to(self.device), *self.statistics)
+
+    def ask(self, video):
+        """Class probabilities (classes,) of a view, uint8 (3, F, S, S)."""
+        return predict(self.model, video[None], self.device, "fp32", *self.statistics)[0]
+
+    @property
+    def answer(self):
+        return self.classes[int(self.probability.argmax())]
 
     def token_frame(self, t):
         """The input frame in the middle of token frame t: uint8 (3, S, S)."""
         return self.video[:, t * self.model.config.stem_stride]
 
     def token_index(self, t):
-        """Its number in the clip."""
+        """The number in the clip of that frame."""
         return self.indices[t * self.model.config.stem_stride]
 
+# ----- Drawing with Pillow --------------------------------------------------
 
-# ----------------------------------------------------------------------------------------------------
-# Drawing with Pillow
-# ----------------------------------------------------------------------------------------------------
-
-
-def font(size=13):
+def font(size=SMALL):
     """Pillow's own font, at a size in pixels."""
     return ImageFont.load_default(size)
 
 
 def wrap(text, width, size, lines=2):
-    """Break a text into at most `lines` lines of `width` pixels; what is too long ends in an ellipsis."""
+    """Break a text into at most `lines` lines of `width` pixels. "..." ends a text too long."""
     out, measure = [""], font(size).getlength
     for word in text.split():
         longer = f"{out[-1]} {word}".strip()
@@ -257,224 +300,246 @@ def wrap(text, width, size, lines=2):
     return out
 
 
-def to_image(frame, size):
-    """uint8 (3, S, S) -> a square Pillow image; small frames keep their visible pixels."""
+def spread(n, most):
+    """The numbers below n, or `most` of them at even distances."""
+    return np.linspace(0, n - 1, min(n, most)).round().astype(int).tolist()
+
+
+def to_image(frame, size=CELL):
+    """uint8 (3, S, S) -> a square Pillow image. Small frames keep their visible pixels."""
     image = Image.fromarray(frame.permute(1, 2, 0).cpu().numpy())
-    return image.resize((size, size), Image.Resampling.NEAREST if frame.shape[-1] <= size else Image.Resampling.LANCZOS)
+    small = frame.shape[-1] <= size
+    method = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
+    return image.resize((size, size), method)
 
 
 def with_heat(image, heat, limit):
-    """A frame in grey with a signed map (H, W) over it: orange where it is positive, blue where negative, full at +-limit."""
-    h = (heat / limit).clamp(-1, 1).cpu().numpy()
-    grey = image.convert("L").convert("RGB")
-    for values, colour in (h, ORANGE), (-h, BLUE):
-        mask = Image.fromarray((values.clip(0, 1) * 230).astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST)
-        grey.paste(Image.new("RGB", image.size, colour), mask=mask)
-    return grey
+    """A grey frame under a map (H, W): orange if positive, blue if negative, full at +-limit."""
+    strength = (heat / limit).clamp(-1, 1).cpu().numpy()
+    result = image.convert("L").convert("RGB")
+    for values, colour in (strength, ORANGE), (-strength, BLUE):
+        mask = Image.fromarray((values.clip(0, 1) * 230).astype(np.uint8))
+        mask = mask.resize(image.size, Image.Resampling.NEAREST)
+        result.paste(Image.new("RGB", image.size, colour), mask=mask)
+    return result
 
 
 def with_arrows(image, field, trust):
-    """A frame with a motion field over it: an arrow from each place that is trusted. field: (H, W, 2) steps, trust: (H, W)."""
+    """A frame with an arrow from each trusted place. field: (H, W, 2) steps, trust: (H, W)."""
     image = image.copy()
     draw, cell = ImageDraw.Draw(image), image.width / trust.shape[1]
-    thick = max(1, image.width // 96)
-    for r, c in trust.nonzero().tolist():
-        down, right = (field[r, c] * cell).tolist()
-        length = (down ** 2 + right ** 2) ** 0.5
-        if length < cell / 5:
-            continue
-        x, y = (c + 0.5) * cell, (r + 0.5) * cell
-        u, v, head = right / length, down / length, min(length * 0.6, cell * 0.4)
-        for colour, width in ("black", 2 * thick + 2), ("#F0E442", 2 * thick - 1):                 # Okabe and Ito's yellow, on a black rim
-            rim = (width - 2 * thick + 1) / 2
-            draw.line((x, y, x + right - u * head, y + down - v * head), colour, width)
-            draw.polygon([(x + right + u * rim * 1.5, y + down + v * rim * 1.5)] +
-                         [(x + right - u * (head + rim) + s * v * (head / 2 + rim), y + down - v * (head + rim) - s * u * (head / 2 + rim))
-                          for s in (1, -1)], colour)
+    for row, column in trust.nonzero().tolist():
+        start = np.array([column + 0.5, row + 0.5]) * cell
+        step = field[row, column].flip(0).cpu().numpy() * cell                  # right, down
+        if np.linalg.norm(step) >= cell / 5:
+            draw_arrow(draw, start, step, cell * 0.4, width=max(2, image.width / 60))
     return image
 
 
-def draw_top(draw, box, probability, classes, before=None, rows=5):
-    """The most likely classes in a box (x, y, width): text over a bar, percent beside it; with `before`, its change in points."""
-    x, y, width = box
-    full = width - 90                                                           # length of a bar of 100 %
+def draw_arrow(draw, start, step, largest_head, width):
+    """A yellow arrow with a black rim. start, step: (x, y)."""
+    length = np.linalg.norm(step)
+    along = step / length
+    across = np.array([-along[1], along[0]])
+    head = min(0.6 * length, largest_head)
+    tip, neck = start + step, start + step - head * along
+    for colour, rim in ("black", 1.5), (YELLOW, 0):
+        draw.line((*start, *neck), colour, round(width + 2 * rim))
+        side = across * (head / 2 + rim)
+        back = neck - rim * along
+        corners = (tip + 1.5 * rim * along, back + side, back - side)
+        draw.polygon([tuple(corner) for corner in corners], colour)
+
+
+def draw_top(draw, y, probability, classes, rows):
+    """The most likely classes, from y on downwards: percent, and the name over a bar."""
+    left = 60
     top = probability.topk(min(rows, len(classes)))
-    for k, (p, i) in enumerate(zip(*(t.tolist() for t in top))):
-        row, left = y + 33 * k, x + 48
-        draw.rectangle((left, row, left + max(1, p * full), row + 29), fill=PALE_BLUE)
-        draw.text((left - 5, row + 15), f"{100 * p:.0f} %", INK, font(), anchor="rm")
-        lines = wrap(classes[i], full - 10, 12)
-        draw.multiline_text((left + 5, row + 14), "\n".join(lines), INK, font(12), anchor="lm", spacing=1)
-        if before is not None and abs(p - before[i].item()) >= 0.005:
-            change = 100 * (p - before[i].item())
-            draw.text((x + width - 2, row + 15), f"{change:+.0f}", ORANGE if change < 0 else GREEN, font(12), anchor="rm")
+    for k, (p, i) in enumerate(zip(top.values.tolist(), top.indices.tolist())):
+        row = y + 27 * k
+        draw.rectangle((left, row, left + 1 + p * (WIDTH - left - 2), row + 24), fill=PALE_BLUE)
+        draw.text((left - 7, row + 12), f"{100 * p:.0f} %", INK, font(), anchor="rm")
+        name, = wrap(classes[i], WIDTH - left - 10, SMALL, lines=1)
+        draw.text((left + 6, row + 12), name, INK, font(), anchor="lm")
 
 
-def columns_of(T):
-    """The token frames that a picture shows: all, or eight spread evenly."""
-    return np.linspace(0, T - 1, min(T, COLUMNS)).round().astype(int).tolist()
-
-
-def strip(video, size=96, captions=None):
-    """Frames in rows of eight: (3, F, S, S) -> a Pillow image; captions stand below each."""
-    n, text = video.shape[1], 18 if captions else 0
-    sheet = Image.new("RGB", (min(n, COLUMNS) * (size + 3), -(-n // COLUMNS) * (size + text + 3)), "white")
+def strip(video, captions=()):
+    """Frames in rows of eight, (3, F, S, S) -> a Pillow image. captions stand below them."""
+    n = video.shape[1]
+    pitch = CELL + GAP + (22 if captions else 0)
+    rows = (n + COLUMNS - 1) // COLUMNS
+    sheet = Image.new("RGB", (WIDTH, rows * pitch), "white")
     draw = ImageDraw.Draw(sheet)
     for t in range(n):
-        x, y = t % COLUMNS * (size + 3), t // COLUMNS * (size + text + 3)
-        sheet.paste(to_image(video[:, t], size), (x, y))
+        x, y = t % COLUMNS * (CELL + GAP), t // COLUMNS * pitch
+        sheet.paste(to_image(video[:, t]), (x, y))
         if captions:
-            draw.text((x + size / 2, y + size + text / 2), captions[t], INK, font(12), anchor="mm")
+            draw.text((x + CELL / 2, y + CELL + 11), captions[t], INK, font(), anchor="mm")
     return sheet
 
 
-def titled(title, body, subtitle=""):
-    """A picture under a title line and a smaller line of explanation, on white."""
-    top = 52 if subtitle else 34
-    sheet = Image.new("RGB", (body.width + 20, body.height + top + 10), "white")
+def save_titled(out, title, subtitle, body):
+    """Write a picture below its title and a smaller line of explanation, on white."""
+    lines = [(line, LARGE, INK) for line in wrap(title, WIDTH, LARGE)]
+    lines += [(line, SMALL, DARK_GREY) for line in wrap(subtitle, WIDTH, SMALL, lines=3)]
+    top = 12 + 24 * len(lines)
+    sheet = Image.new("RGB", (WIDTH + 2 * MARGIN, top + body.height + MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((10, 17), title, INK, font(16), anchor="lm")
-    draw.text((10, 39), subtitle, "#555555", font(12), anchor="lm")
-    sheet.paste(body, (10, top))
-    return sheet
+    for k, (line, size, colour) in enumerate(lines):
+        draw.text((MARGIN, 18 + 24 * k), line, colour, font(size), anchor="lm")
+    sheet.paste(body, (MARGIN, top))
+    sheet.save(out)
 
 
-def draw_frames(out, c):
+def save_animation(out, sheets, milliseconds, pause, quality):
+    """Write pictures as an animation that repeats, with a pause at its end."""
+    durations = [milliseconds] * (len(sheets) - 1) + [pause]
+    sheets[0].save(out, save_all=True, append_images=sheets[1:], duration=durations, loop=0,
+                   quality=quality, method=4)
+
+
+def draw_frames(out, case):
     """frames.png: what the model is given and what it answers.
 
-    Section 3.1, sparse sampling: one frame from each of F equal segments, so a long clip is seen in wide steps. The times are the
-    frames' numbers in the clip (from 0) and, for video files, seconds. Percentages are of this one view; evaluate.py averages three.
+    Section 3.1: one frame from each of F equal segments, so a long clip is seen in wide steps.
+    Percentages are of this one view. evaluate.py averages over three.
     """
-    captions = [f"{i}" if c.seconds is None else f"{i}: {s:.2f} s" for i, s in zip(c.indices, c.seconds if c.seconds is not None else c.indices)]
-    frames = strip(c.video, captions=captions)
-    body = Image.new("RGB", (frames.width + 350, max(frames.height, 165)), "white")
+    if case.seconds is None:
+        captions, numbers = [str(i) for i in case.indices], "numbers in the clip"
+    else:
+        captions, numbers = [f"{second:.2f} s" for second in case.seconds], "times in the clip"
+    frames = strip(case.video, captions)
+    rows = min(5, len(case.classes))
+    body = Image.new("RGB", (WIDTH, frames.height + 8 + 27 * rows), "white")
     body.paste(frames, (0, 0))
-    draw_top(ImageDraw.Draw(body), (frames.width + 5, 0, 345), c.probability, c.classes)
-    titled(f"What the model is given: {c.title}", body,
-           f"{len(c.indices)} frames of {c.video.shape[-1]} x {c.video.shape[-1]}, with their numbers in the clip"
-           + (" and times" if c.seconds is not None else "") + "; right: the most likely classes").save(out)
+    draw_top(ImageDraw.Draw(body), frames.height + 8, case.probability, case.classes, rows)
+    size = case.video.shape[-1]
+    save_titled(out, f"What the model is given: {case.title}",
+                f"{len(case.indices)} frames of {size} x {size} with their {numbers}, and the "
+                "most likely classes", body)
 
 
-def draw_order(out, c):
-    """order.png: the same frames reversed, shuffled and standing still, each with its answer.
+def draw_order(out, case):
+    """order.png: the same frames in other orders, each with its answer.
 
-    A model that reads time changes its answer: reversed, to the opposite class where there is one (left to right, right to left); shuffled
-    or still, to something unsure. One that recognises things keeps it. No figure of the paper's; the test follows "arrow of time"
-    (Wei et al., 2018). One clip proves little: train.py --control has the accuracy of the whole set. Still: the middle frame.
+    A model that reads time changes its answer. Reversed frames should show the opposite class, if
+    there is one. Shuffled frames and a repeated one should make it unsure. A model that recognises
+    things keeps its answer. One clip proves little: train.py --control tests a whole data set.
     """
-    n = c.video.shape[1]
-    orders = [("as it is", list(range(n))), ("reversed", list(range(n))[::-1]),
-              ("shuffled", np.random.default_rng(0).permutation(n).tolist()), ("still, its middle frame", [n // 2] * n)]
-    size = 64 if n > COLUMNS else 96
-    rows = -(-n // COLUMNS) * (size + 3)
-    block = max(rows, 165) + 30
-    width = COLUMNS * (size + 3)
-    body = Image.new("RGB", (width + 370, block * len(orders) - 10), "white")
+    n = case.video.shape[1]
+    shuffled = np.random.default_rng(0).permutation(n).tolist()
+    orders = (("as it is", list(range(n))), ("reversed", list(range(n))[::-1]),
+              ("shuffled", shuffled), ("its middle frame, repeated", [n // 2] * n))
+    rows = min(3, len(case.classes))
+    height = 26 + CELL + GAP + 4 + 27 * rows + 14
+    body = Image.new("RGB", (WIDTH, height * len(orders) - 14), "white")
     draw = ImageDraw.Draw(body)
     for k, (name, order) in enumerate(orders):
-        y, video = k * block, c.video[:, order]
-        probability = c.probability if k == 0 else c.ask(video)
-        draw.text((0, y + 9), name, INK, font(14), anchor="lm")
-        body.paste(strip(video, size), (0, y + 20))
-        draw_top(draw, (width + 10, y + 20, 360), probability, c.classes, before=None if k == 0 else c.probability)
-    titled(f"Does the answer depend on time? {c.title}", body,
-           "the same clip with its frames in another order; at the far right, the change in points against the first row").save(out)
+        y, video = k * height, case.video[:, order]
+        draw.text((0, y + 12), name, INK, font(MEDIUM), anchor="lm")
+        body.paste(strip(video[:, spread(n, COLUMNS)]), (0, y + 26))
+        draw_top(draw, y + 26 + CELL + GAP + 4, case.ask(video), case.classes, rows)
+    drawn = "" if n <= COLUMNS else f"; {COLUMNS} of its {n} frames are drawn"
+    save_titled(out, f"Does the answer depend on time? {case.title}",
+                f"The same clip with its frames in another order{drawn}", body)
 
 
-def draw_relevance(out, c):
-    """relevance.png: which places of which frames speak for (orange) and against (blue) the answer.
+def draw_relevance(out, case):
+    """relevance.png: which places of which frames speak for the answer, and which against it.
 
-    See `relevance` for what is computed. Bars: the same, summed over each frame. Each token sees `stem kernel` input frames
-    (drawn: the one in their middle). Strong colours do not say that the model sees an object there,
-    only that the number would be another one had this place stood still.
+    See relevance() for what is computed. A token frame sees several input frames; the one in their
+    middle is drawn. A strong colour does not mean that the model sees an object there. It means
+    that the logit would differ if this place stood still.
     """
-    heat, own, still = c.relevance
-    size, T = 96, len(heat)
+    heat, own, still = case.relevance
     limit = heat.abs().flatten().quantile(0.99).clamp(min=1e-9)
-    chosen = columns_of(T)
-    body = Image.new("RGB", (len(chosen) * (size + 3) + 70, 2 * size + 94), "white")
-    draw = ImageDraw.Draw(body)
     per_frame = heat.sum((1, 2)).cpu()
-    scale, top, base = per_frame.abs().max().clamp(min=1e-9), 20, 2 * size + 74
-    draw.line((0, base, len(chosen) * (size + 3), base), GREY)
-    for k, t in enumerate(chosen):
-        x, image = k * (size + 3), to_image(c.token_frame(t), size)
-        draw.text((x + size / 2, 9), f"frame {c.token_index(t)}", INK, font(12), anchor="mm")
-        body.paste(image, (x, top))
-        body.paste(with_heat(image, heat[t], limit), (x, top + size + 3))
-        bar = float(per_frame[t] / scale) * 42
-        draw.rectangle((x + 25, min(base, base - bar), x + size - 25, max(base, base - bar)), fill=ORANGE if bar > 0 else BLUE)
-        draw.text((x + size / 2, base + (10 if bar > 0 else -9)), f"{per_frame[t]:+.2g}", INK, font(12), anchor="mm")
-    x, top = len(chosen) * (size + 3) + 8, top + size + 3
-    for k in range(size):                               # the legend of the colours
-        value = 1 - 2 * k / (size - 1)
-        tone = np.array(ImageColor.getrgb(ORANGE if value > 0 else BLUE))
-        draw.line((x, top + k, x + 12, top + k), tuple((128 + (tone - 128) * abs(value) * 0.9).astype(int)))
-    for text, y in (f"{limit:+.2g}", top + 6), ("0", top + size // 2), (f"{-limit:+.2g}", top + size - 6):
-        draw.text((x + 17, y), text, INK, font(12), anchor="lm")
-    draw.text((x, base), "sum", INK, font(12), anchor="lm")
-    titled(f"What speaks for \"{c.classes[int(c.probability.argmax())]}\" (orange) and against it (blue)", body,
-           f"integrated gradients; its logit is {own:.2f}, that of the clip standing still {still:.2f}, difference {own - still:.2f}; "
-           f"all places sum to {heat.sum():.2f}").save(out)
+    largest = per_frame.abs().max().clamp(min=1e-9)
+    first, second = 22, 22 + CELL + GAP                 # heights of the two rows of frames
+    base = second + CELL + 62                           # and of the zero line of the bars
+    body = Image.new("RGB", (WIDTH, base + 24), "white")
+    draw = ImageDraw.Draw(body)
+    draw.line((0, base, WIDTH, base), GREY)
+    for k, t in enumerate(spread(len(heat), COLUMNS)):
+        x, image = k * (CELL + GAP), to_image(case.token_frame(t))
+        middle = x + CELL / 2
+        draw.text((middle, 10), f"frame {case.token_index(t)}", INK, font(), anchor="mm")
+        body.paste(image, (x, first))
+        body.paste(with_heat(image, heat[t], limit), (x, second))
+        bar = 42 * float(per_frame[t] / largest)
+        colour = ORANGE if bar > 0 else BLUE
+        draw.rectangle((x + 22, base - max(bar, 0), x + CELL - 22, base - min(bar, 0)), colour)
+        below = 12 if bar > 0 else -12
+        draw.text((middle, base + below), f"{per_frame[t]:+.2f}", INK, font(), anchor="mm")
+    subtitle = (f"Orange speaks for it, blue against it; full colour: {limit:.2g}. Bars: the sum "
+                f"over a frame. All places sum to {heat.sum():.2f}. The logit is {own:.2f}, that "
+                f"of the clip standing still {still:.2f}, their difference {own - still:.2f}.")
+    save_titled(out, f"What speaks for \"{case.answer}\"?", subtitle, body)
 
 
-def draw_clip(out, c):
-    """clip.webp: the clip as the model samples it, beside it SMEM's motion field (where there is one) and the relevance, in a loop.
+def draw_clip(out, case):
+    """clip.webp: the clip as the model samples it, its motion in SMEM, and its relevance.
 
-    The two panels change with the token frames, once in `stem stride` input frames. See motion_field and relevance for what they show.
+    Motion and relevance change from token frame to token frame. Without SMEM there is no motion.
+    See motion_field() and relevance() for what they show.
     """
-    heat = c.relevance[0] if c.relevance else None
-    size, panels = 224, 1 + (c.motion is not None) + (heat is not None)
-    limit = heat.abs().flatten().quantile(0.99).clamp(min=1e-9) if heat is not None else 1
-    frames, answer = [], f"{100 * c.probability.max():.0f} %  {c.classes[int(c.probability.argmax())]}"
-    for f in range(c.video.shape[1]):
-        sheet = Image.new("RGB", (panels * (size + 8) + 8, size + 62), "white")
-        draw, t, image = ImageDraw.Draw(sheet), f // c.model.config.stem_stride, to_image(c.video[:, f], size)
-        shown = [("clip", image)]
-        if c.motion is not None:
-            field, trust = c.motion
-            shown.append(("motion (SMEM)", with_arrows(image, field[t], trust[t]) if t < len(field) else image))
-        if heat is not None:
-            shown.append(("speaks for it: orange", with_heat(image, heat[t], limit)))
-        for k, (name, picture) in enumerate(shown):
-            x = 8 + k * (size + 8)
-            sheet.paste(picture, (x, 26))
-            draw.text((x, 13), name, INK, font(13), anchor="lm")
-        draw.text((8, size + 44), wrap(answer, sheet.width - 16, 14, lines=1)[0], INK, font(14), anchor="lm")
-        frames.append(sheet)
-    frames[0].save(out, save_all=True, append_images=frames[1:], duration=[200] * (len(frames) - 1) + [800], loop=0, quality=80, method=4)
+    size, sheets = 245, []
+    answer = f"{100 * case.probability.max():.0f} %  {case.answer}"
+    heat = case.relevance[0]
+    limit = heat.abs().flatten().quantile(0.99).clamp(min=1e-9)
+    for f in range(case.video.shape[1]):
+        t, image = f // case.model.config.stem_stride, to_image(case.video[:, f], size)
+        panels = [("the clip", image)]
+        if case.motion:
+            field, trust = case.motion
+            arrows = with_arrows(image, field[t], trust[t]) if t < len(field) else image
+            panels.append(("motion in SMEM", arrows))
+        panels.append(("what speaks for it", with_heat(image, heat[t], limit)))
+        width = MARGIN + len(panels) * (size + MARGIN)
+        sheet = Image.new("RGB", (width, size + 74), "white")
+        draw = ImageDraw.Draw(sheet)
+        for k, (name, picture) in enumerate(panels):
+            x = MARGIN + k * (size + MARGIN)
+            draw.text((x, 18), name, INK, font(MEDIUM), anchor="lm")
+            sheet.paste(picture, (x, 34))
+        line, = wrap(answer, width - 2 * MARGIN, MEDIUM, lines=1)
+        draw.text((MARGIN, size + 54), line, INK, font(MEDIUM), anchor="lm")
+        sheets.append(sheet)
+    save_animation(out, sheets, 200, 800, quality=80)
 
 
-def draw_toy_classes(out, size=140, n=20):
-    """The toy's ten classes as one animation: above five motions, below the same clips run backwards, which are the other five classes.
+def draw_toy_classes(out, size=145, n=20):
+    """The toy's ten classes as one animation, larger and sharper than the model sees them.
 
-    Each clip is drawn as data.py draws them, at a higher resolution. out: a .webp (small) or .gif.
+    The upper row has five motions. The lower row has the same clips run backwards, which are the
+    other five classes. out: a .webp (small) or .gif.
     """
     if Path(out).suffix not in (".webp", ".gif"):
-        raise ValueError(f"--toy_classes {out}: expected a name that ends in .webp or .gif")
-    clips = [data.toy_render(data.toy_scene(np.random.default_rng([1, motion]), motion, n), size) for motion in range(len(data.TOY_CLASSES))]
-    frames = []
+        raise ValueError(f"--toy_classes is {out}, expected a name that ends in .webp or .gif")
+    clips = []
+    for motion, seed in enumerate((6, 1, 4, 4, 2)):     # whose objects are easy to see
+        scene = toy_scene(np.random.default_rng([seed, motion]), motion, n)
+        clips.append(toy_render(scene, size))
+    sheets, pitch = [], size + 72
     for t in range(n):
-        sheet = Image.new("RGB", (len(clips) * (size + 10) + 10, 2 * (size + 44) + 6), "white")
+        width = MARGIN + len(clips) * (size + MARGIN)
+        sheet = Image.new("RGB", (width, 8 + 2 * pitch), "white")
         draw = ImageDraw.Draw(sheet)
-        for k, (clip, texts) in enumerate(zip(clips, data.TOY_CLASSES)):
-            for row, (frame, text) in enumerate(zip((clip[t], clip[n - 1 - t]), texts)):
-                x, y = 10 + k * (size + 10), 8 + row * (size + 44)
+        for k, (clip, names) in enumerate(zip(clips, TOY_CLASSES)):
+            for row, frame in enumerate((clip[t], clip[n - 1 - t])):
+                x, y = MARGIN + k * (size + MARGIN), 8 + row * pitch
                 sheet.paste(Image.fromarray(frame), (x, y))
-                draw.multiline_text((x, y + size + 4), "\n".join(wrap(text, size, 13)), INK, font(13), spacing=2)
-        frames.append(sheet)
-    frames[0].save(out, save_all=True, append_images=frames[1:], duration=[120] * (n - 1) + [700], loop=0, quality=45, method=4)
+                name = "\n".join(wrap(names[row], size, MEDIUM, lines=3))
+                draw.multiline_text((x, y + size + 4), name, INK, font(MEDIUM), spacing=3)
+        sheets.append(sheet)
+    save_animation(out, sheets, 120, 700, quality=45)
 
+# ----- Drawing with matplotlib ----------------------------------------------
 
-# ----------------------------------------------------------------------------------------------------
-# Drawing with matplotlib
-# ----------------------------------------------------------------------------------------------------
-
-
-def new_figure(width, height, title):
+def new_figure(height, title):
     from matplotlib.figure import Figure                # optional: only plots need it
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=100)
-    figure.suptitle(title, fontsize=11.5, x=0.01, ha="left", color=INK)
+    figure = Figure(figsize=(7.7, height), layout="constrained", dpi=100)
+    figure.suptitle(title, fontsize=POINTS + 2.5, x=0.01, ha="left", color=INK)
     return figure
 
 
@@ -484,257 +549,292 @@ def bare(axis):
     axis.spines[:].set_visible(False)
 
 
-def draw_ctm(out, c):
-    """ctm.png: which frame looks at which, one T x T map per layer and head, and per layer the mean weight by time difference.
+def add_box(axis, row, column):
+    """Mark one place of a map."""
+    xs = np.array([-0.5, 0.5, 0.5, -0.5, -0.5]) + column
+    ys = np.array([-0.5, -0.5, 0.5, 0.5, -0.5]) + row
+    axis.plot(xs, ys, color="white", lw=3.4)
+    axis.plot(xs, ys, color=ORANGE, lw=2)
 
-    Section 3.3, Fig. 3. Each row of a map is a frame that asks (query, from the ST-branch); each column one that it looks at (memory). A
-    row sums to 1. A diagonal: each frame looks at itself; one beside it: at its neighbour before or after; stripes down: all look at the
-    same frames. On the right, thin lines are heads, dashes the weight if it looked at all alike. Averaged over all places, or at --place.
-    Weights tell where it looks, not what it takes from there, nor that the answer needs it (Jain and Wallace, 2019).
+
+def draw_ctm(out, case):
+    """ctm.png: which frame attends to which, one T x T map per layer and head.
+
+    Section 3.3, Fig. 3. Each row of a map is a frame that asks (query, from the ST-branch). Each
+    column is a frame that it attends to (memory). A row sums to 1. A diagonal means that each frame
+    attends to itself, an upright stripe that all frames attend to the same one. The maps are means
+    over all places, or of --place. Large models show some of their layers and heads.
+    Weights tell which frame is attended to, not what is taken from it, nor whether the answer needs
+    it (Jain and Wallace, 2019).
     """
-    L, heads = c.model.config.depth, c.model.config.heads
-    maps = []                                           # per layer (heads, T, T)
-    for i in range(L):
-        a = ctm_attention(c.seen, i, heads)
-        maps.append((a.mean(0) if c.place is None else a[c.place[0] * c.model.grid[1] + c.place[1]]).cpu().numpy())
-    T = maps[0].shape[-1]
-    limit = max(m.max() for m in maps)
-    where = "mean over all places" if c.place is None else f"at place ({c.place[0]}, {c.place[1]})"
-    figure = new_figure(max(6, 1.25 * heads + 3.6), max(3, 1.3 * L + 0.9), f"CTM: which frame looks at which, {where}")
-    axes = figure.subplots(L, heads + 1, squeeze=False, gridspec_kw=dict(width_ratios=[1] * heads + [1.7]))
-    for i in range(L):
-        for h in range(heads):
-            axis = axes[i, h]
-            shown = axis.imshow(maps[i][h], cmap="Blues", vmin=0, vmax=limit)
+    config = case.model.config
+    layers, heads = spread(config.depth, MOST), spread(config.heads, MOST)
+    maps = []
+    for i in layers:
+        weights = ctm_attention(case.seen, i, config.heads)                     # (N, heads, T, T)
+        if case.place:
+            row, column = case.place
+            weights = weights[row * case.model.grid[1] + column]
+        else:
+            weights = weights.mean(0)
+        maps.append(weights.cpu().numpy())
+    where = f"at place {case.place}" if case.place else "mean over all places"
+    T, limit = maps[0].shape[-1], max(weights.max() for weights in maps)
+
+    figure = new_figure(1.5 * len(layers) + 1.0, f"CTM: which frame attends to which, {where}")
+    axes = figure.subplots(len(layers), len(heads), squeeze=False)
+    for row, layer in enumerate(layers):
+        for column, head in enumerate(heads):
+            axis = axes[row, column]
+            shown = axis.imshow(maps[row][head], cmap="Blues", vmin=0, vmax=limit)
             axis.set(xticks=[0, T - 1], yticks=[0, T - 1])
-            axis.tick_params(labelsize=8, length=2)
-            axis.tick_params(labelbottom=i == L - 1, labelleft=h == 0)
-            if i == 0:
-                axis.set_title(f"head {h}", fontsize=9)
-        axes[i, 0].set_ylabel(f"layer {i}\nquery frame" if i == 0 else f"layer {i}", fontsize=9)
-        axis, apart = axes[i, heads], np.arange(1 - T, T)
-        lines = np.array([[m.diagonal(d).mean() for d in apart] for m in maps[i]])       # diagonal d: memory - query = d
-        axis.plot(apart, lines.T, color=BLUE, lw=0.7, alpha=0.5)
-        axis.plot(apart, lines.mean(0), color=BLUE, lw=2)
-        axis.axhline(1 / T, color=ORANGE, ls="--", lw=1)
-        axis.axvline(0, color=GREY, lw=0.7, zorder=0)
-        axis.set_ylim(0, lines.max() * 1.1)
-        axis.tick_params(labelsize=8, length=2, labelbottom=i == L - 1)
-        axis.yaxis.tick_right()
-        if i == 0:
-            axis.set_title("by time difference", fontsize=9)
-    axes[L - 1, heads].set_xlabel("memory frame - query frame", fontsize=9)
-    axes[L - 1, 0].set_xlabel("memory frame", fontsize=9)
-    bar = figure.colorbar(shown, ax=axes, location="right", shrink=min(1, 2.4 / L), pad=0.02)
-    bar.set_label("attention weight", fontsize=9)
-    bar.ax.tick_params(labelsize=8)
+            axis.tick_params(length=2, labelbottom=row == len(layers) - 1, labelleft=column == 0)
+            if row == 0:
+                axis.set_title(f"head {head}")
+        axes[row, 0].set_ylabel(f"layer {layer}")
+    figure.supxlabel("token frame that it attends to", fontsize=POINTS)
+    figure.supylabel("token frame that asks", fontsize=POINTS)
+    figure.colorbar(shown, ax=axes, shrink=0.6, pad=0.02, label="attention weight")
     figure.savefig(out)
 
 
-def draw_smem(out, c):
-    """smem.png: for each SMEM, the motion that its features hold, the correlation row of one place, and what it adds.
+def draw_smem(out, case):
+    """smem.png: for each SMEM, the motion in its features, one correlation, and what it adds.
 
-    Section 3.5, Fig. 5. Arrows: see motion_field; none where the features do not tell. Second row: SMEM's own correlation, as it is, of
-    the boxed place (--place, else the one whose pixels change most) with all places of the next frame; bright is
-    alike, each map has its own range. Places with large features are bright in all of them, whatever moves.
-    Third row: length of the vector that SMEM adds, relative to the one it is added to. It says where SMEM acts, not what it says there.
-    With fusion "add" no two places are compared (sum of a plus sum of b), so there are no arrows.
+    Section 3.5, Fig. 5. First row: arrows from motion_field(), if its features tell. Second row:
+    SMEM's own correlation of the boxed place with all places of the next frame. The box is --place,
+    or else the place whose pixels change most. Yellow is a large product, and each map has its own
+    range. Places with large features are yellow in all of them, whatever moves. Third row: the
+    length of the vector that SMEM adds, relative to the one that it is added to. It says where SMEM
+    acts, not what it says there. The fusion "add" compares no two places, so there are no arrows.
     """
-    names = [f"{branch}.{i}" for branch in ("smem_st", "smem_t") for i in present(c.model, branch)]
-    T = len(c.seen[names[0]][1][0])
-    chosen = columns_of(T - 1)
-    figure = new_figure(max(4.8, 1.17 * len(chosen) + 1.2), 3.75 * len(names) + 0.45, "SMEM: where does each place go in the next frame? Arrows only where its features tell")
+    names = smem_names(case.model)
+    T = len(case.seen[names[0]][1][0])
+    chosen = spread(T - 1, PLOT_COLUMNS)
+    figure = new_figure(4.6 * len(names) + 0.3, "SMEM: where does each place go in the next frame?")
     axes = figure.subplots(3 * len(names), len(chosen), squeeze=False)
     for n, name in enumerate(names):
-        smem, (inputs, output) = c.model.get_submodule(name), c.seen[name]
-        f, (H, W) = smem_features(c.seen, name, smem), smem.grid
-        field, trust = motion_field(f, smem.grid)
-        rows = smem.correlation(f[None])[0].unflatten(-1, smem.grid).cpu().numpy()                            # (T-1, N, H, W)
-        added = ((output - inputs[0]).norm(dim=-1) / inputs[0].norm(dim=-1))[0].cpu().numpy()               # (T, H, W)
-        for k, t in enumerate(chosen):
-            image = to_image(c.token_frame(t), 192)
-            top, middle, bottom = axes[3 * n:3 * n + 3, k]
-            top.imshow(image if smem.fusion == "add" else with_arrows(image, field[t], trust[t]), extent=(-0.5, W - 0.5, H - 0.5, -0.5))
-            r, q = c.place or most_moving(torch.stack([c.token_frame(t), c.token_frame(t + 1)], dim=1), smem.grid)
-            middle.imshow(rows[t, r * W + q], cmap="viridis")
-            for axis, (colour, width) in product((top, middle), (("white", 2.6), (ORANGE, 1.4))):
-                axis.plot([q - 0.5, q + 0.5, q + 0.5, q - 0.5, q - 0.5], [r - 0.5, r - 0.5, r + 0.5, r + 0.5, r - 0.5], color=colour, lw=width)
-            shown = bottom.imshow(added[t], cmap="viridis", vmin=0, vmax=added.max())
-            top.set_title(f"frame {c.token_index(t)} to {c.token_index(t + 1)}", fontsize=9)
-            for axis in top, middle, bottom:
-                bare(axis)
+        rows = axes[3 * n:3 * n + 3]
+        shown = draw_one_smem(rows, chosen, name, case)
         branch, layer = name.split(".")
-        label = f"layer {layer}, {'T' if branch == 'smem_t' else 'ST'}-branch"
-        for axis, text in zip(axes[3 * n:3 * n + 3, 0], (f"{label}\nmotion", "correlation\nof the box", "size of what\nis added")):
-            axis.set_ylabel(text, fontsize=9)
-        bar = figure.colorbar(shown, ax=axes[3 * n + 2], shrink=0.9, pad=0.01)
-        bar.set_label("of the input", fontsize=8)
-        bar.ax.tick_params(labelsize=8)
+        branch = "T" if branch == "smem_t" else "ST"
+        rows[0, 0].set_ylabel(f"layer {layer}, {branch}\nmotion")
+        rows[1, 0].set_ylabel("correlation\nof the box")
+        rows[2, 0].set_ylabel("size of what\nis added")
+        figure.colorbar(shown, ax=rows[2], pad=0.01, label="of the input")
     figure.savefig(out)
 
 
-def draw_stdm(out, c):
-    """stdm.png: how much the T-branch feeds back to each place of the ST-branch, per layer.
+def draw_one_smem(rows, chosen, name, case):
+    """The three rows of one SMEM. rows: axes (3, frames). Returns the last image of the third."""
+    smem, (inputs, output) = case.model.get_submodule(name), case.seen[name]
+    f, (H, W) = smem_features(case.seen, name, smem), smem.grid
+    field, trust = motion_field(f, smem.grid)
+    correlation = smem.correlation(f[None])[0].unflatten(-1, smem.grid).cpu().numpy()
+    added = (output - inputs[0]).norm(dim=-1) / inputs[0].norm(dim=-1)
+    added = added[0].cpu().numpy()                                              # (T, H, W)
+    for (top, middle, bottom), t in zip(rows.T, chosen):
+        image = to_image(case.token_frame(t), 240)
+        if smem.fusion != "add":
+            image = with_arrows(image, field[t], trust[t])
+        pair = torch.stack([case.token_frame(t), case.token_frame(t + 1)], dim=1)
+        row, column = case.place or most_moving(pair, smem.grid)
+        top.imshow(image, extent=(-0.5, W - 0.5, H - 0.5, -0.5))
+        middle.imshow(correlation[t, row * W + column], cmap="viridis")
+        shown = bottom.imshow(added[t], cmap="viridis", vmin=0, vmax=added[chosen].max())
+        add_box(top, row, column)
+        add_box(middle, row, column)
+        top.set_title(f"{case.token_index(t)} to {case.token_index(t + 1)}")
+        for axis in (top, middle, bottom):
+            bare(axis)
+    rows[0, 0].set_title(f"frame {rows[0, 0].get_title()}")
+    return shown
 
-    Section 3.4, Fig. 4. Length of STDM's output at a place over the length of x there: 0.1 changes x by a tenth. One scale for
-    all layers. It says where and how much comes back, not whether the answer needs it.
+
+def draw_stdm(out, case):
+    """stdm.png: how much the T-branch feeds back to each place of the ST-branch.
+
+    Section 3.4, Fig. 4. The length of STDM's output at a place, relative to the length of x there:
+    0.1 changes x by a tenth. All layers share one scale. Large models show some of their layers.
+    It says where and how much is fed back, not whether the answer needs it.
     """
-    layers = present(c.model, "stdm")
-    share = {i: (c.seen[f"stdm.{i}"][1].norm(dim=-1) / c.seen[f"ctm.{i}"][0][0].norm(dim=-1))[0].cpu().numpy() for i in layers}    # CTM's query is x
-    chosen, limit = columns_of(len(share[layers[0]])), max(s.max() for s in share.values())
-    figure = new_figure(max(4.8, 1.17 * len(chosen) + 1.2), 1.2 * (len(layers) + 1) + 0.6, "STDM: how much is fed back to which place")
+    present = case.model.config.stdm_layers
+    layers = [present[k] for k in spread(len(present), MOST)]
+    shares = {}
+    for i in layers:
+        fed_back, x = case.seen[f"stdm.{i}"][1], case.seen[f"ctm.{i}"][0][0]    # CTM's query is x
+        shares[i] = (fed_back.norm(dim=-1) / x.norm(dim=-1))[0].cpu().numpy()   # (T, H, W)
+    chosen = spread(len(shares[layers[0]]), PLOT_COLUMNS)
+    limit = max(share[chosen].max() for share in shares.values())
+
+    height = 1.27 * (len(layers) + 1) + 0.7
+    figure = new_figure(height, "STDM: how much is fed back to which place?")
     axes = figure.subplots(len(layers) + 1, len(chosen), squeeze=False)
     for k, t in enumerate(chosen):
-        axes[0, k].imshow(to_image(c.token_frame(t), 192))
-        axes[0, k].set_title(f"frame {c.token_index(t)}", fontsize=9)
-        for row, i in enumerate(layers, 1):
-            shown = axes[row, k].imshow(share[i][t], cmap="viridis", vmin=0, vmax=limit)
-            axes[row, 0].set_ylabel(f"layer {i}", fontsize=9)
+        axes[0, k].imshow(to_image(case.token_frame(t), 240))
+        axes[0, k].set_title(f"frame {case.token_index(t)}")
+        for row, i in enumerate(layers, start=1):
+            shown = axes[row, k].imshow(shares[i][t], cmap="viridis", vmin=0, vmax=limit)
+            axes[row, 0].set_ylabel(f"layer {i}")
     for axis in axes.flat:
         bare(axis)
-    bar = figure.colorbar(shown, ax=axes[1:], shrink=min(1, 2.4 / len(layers)), pad=0.01)
-    bar.set_label("length of what is added,\nrelative to x", fontsize=9)
-    bar.ax.tick_params(labelsize=8)
+    figure.colorbar(shown, ax=axes[1:], pad=0.01, label="length, relative to x")
     figure.savefig(out)
 
 
-def draw_ptm(out, c):
-    """ptm.png: lengths of what each layer of the ST-branch adds to x, mean over patch tokens: attention, FFN and, in PTM, convolution.
+def draw_ptm(out, case):
+    """ptm.png: lengths of what each layer of the ST-branch adds to x, mean over patch tokens.
 
-    Section 3.2, Eq. 1: y = y1 + alpha y2 + beta y3, with the learned alpha and beta. Plain blocks have no third term and stand there to
-    compare. The line is the length of x as it comes into the layer. Long does not mean important: the terms may point the same way or cancel.
+    Section 3.2, Eq. 1: y1 + alpha y2 + beta y3, with the learned alpha and beta. A plain Block has
+    no third term and is drawn to compare. The line is the length of x as it enters the layer. Long
+    does not mean important: the terms may point the same way, or cancel.
     """
-    names, sizes, length = [], {"attention": [], "FFN": [], "convolution": []}, []
-    for i, block in enumerate(c.model.blocks):
-        x = c.seen[f"blocks.{i}"][0][0]
-        y1, y2 = (c.seen[f"blocks.{i}.{part}"][1].reshape(x.shape)[:, :, 1:] for part in ("attn", "mlp"))
+    lengths, alphas, betas = [], [], []                 # lengths: y1, y2, y3 and x of each layer
+    for i, block in enumerate(case.model.blocks):
+        x = case.seen[f"blocks.{i}"][0][0]
+        y1 = case.seen[f"blocks.{i}.attn"][1].reshape(x.shape)[:, :, 1:]
+        y2 = case.seen[f"blocks.{i}.mlp"][1][:, :, 1:]
+        y3 = torch.zeros_like(y1)
         if isinstance(block, PTM):
-            alpha, beta = (torch.as_tensor(weight).item() for weight in (block.alpha, block.beta))
-            terms = (y1, alpha * y2, beta * c.seen[f"blocks.{i}.conv"][1])
-            names.append(f"layer {i}\nPTM\nalpha {alpha:.2f}" + (f"\nbeta {beta:.2f}" if block.conv_at == "residual" else ""))
-        else:
-            terms = (y1, y2)
-            names.append(f"layer {i}\nblock")
-        for values, z in zip(sizes.values(), (*terms, None)):
-            values.append(z.norm(dim=-1).mean().item() if z is not None else 0)
-        length.append(x[:, :, 1:].norm(dim=-1).mean().item())
-    labels = dict(zip(sizes, ("attention, y1", "FFN, alpha y2", "convolution, beta y3")))
-    figure = new_figure(max(6, 0.95 * len(names) + 1.5), 3.9, "PTM: sizes of the three terms of Eq. 1")
+            alpha, beta = torch.as_tensor(block.alpha).item(), torch.as_tensor(block.beta).item()
+            y2, y3 = alpha * y2, beta * case.seen[f"blocks.{i}.conv"][1]
+            alphas.append(f"{alpha:.2f}")
+            betas.append(f"{beta:.2f}")
+        terms = (y1, y2, y3, x[:, :, 1:])
+        lengths.append([term.norm(dim=-1).mean().item() for term in terms])
+    y1, y2, y3, x = np.array(lengths).T
+    layers = np.arange(len(lengths))
+
+    figure = new_figure(4.4, "PTM: sizes of the three terms of Eq. 1")
     axis = figure.subplots()
-    for k, (name, colour) in enumerate(zip(sizes, (BLUE, ORANGE, GREEN))):
-        axis.bar(np.arange(len(names)) + 0.25 * (k - 1), sizes[name], 0.23, color=colour, label=labels[name])
-    axis.plot(range(len(names)), length, color=INK, marker="o", ms=4, lw=1, ls=":", label="x, as it comes in")
-    axis.set_xticks(range(len(names)), names, fontsize=9)
-    axis.set_ylabel("mean length over patch tokens", fontsize=9)
-    axis.tick_params(axis="y", labelsize=8)
+    axis.bar(layers - 0.25, y1, 0.23, color=BLUE, label="y1, attention")
+    axis.bar(layers, y2, 0.23, color=ORANGE, label="α y2, FFN")
+    axis.bar(layers + 0.25, y3, 0.23, color=GREEN, label="β y3, convolution")
+    axis.plot(layers, x, color=INK, marker="o", ms=5, lw=1.2, ls=":", label="x, as it enters")
+    axis.set_xticks(layers)
+    weights = f"PTM's α: {' '.join(alphas)}\nPTM's β: {' '.join(betas)}"
+    axis.set(xlabel=f"layer\n{weights}", ylabel="mean length over patches")
     axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(out)
 
+# ----- The command ----------------------------------------------------------
 
-# ----------------------------------------------------------------------------------------------------
-# All together
-# ----------------------------------------------------------------------------------------------------
+PICTURES = {"frames": draw_frames, "order": draw_order, "relevance": draw_relevance,
+            "ctm": draw_ctm, "smem": draw_smem, "stdm": draw_stdm, "ptm": draw_ptm,
+            "clip": draw_clip}
+PLOTS = ("ctm", "smem", "stdm", "ptm")
 
 
-def missing(name, model):
-    """Why a picture cannot be drawn of this model, or None."""
-    if name == "smem" and not present(model, "smem_t") + present(model, "smem_st"):
-        return "this model has no SMEM"
-    if name == "stdm" and not present(model, "stdm"):
-        return "this model has no STDM"
-    if name == "ptm" and not model.config.ptm_layers:
-        return "this model has no PTM"
-    if name in ("ctm", "relevance") and model.config.num_frames == model.config.stem_stride:
-        return "the model has a single token frame, so nothing happens over time"
-    return None
+def choose_pictures(names, config):
+    """Those of these pictures that can be drawn. A line on the screen for the others."""
+    plots = [] if find_spec("matplotlib") else [name for name in names if name in PLOTS]
+    if plots:
+        print(f"{', '.join(plots)}: left out, they need matplotlib (pip install matplotlib)")
+    layers = dict(smem=config.smem_t_layers + config.smem_st_layers, stdm=config.stdm_layers,
+                  ptm=config.ptm_layers)
+    chosen = []
+    for name in names:
+        if name in layers and not layers[name]:
+            print(f"{name}: left out, this model has no {name.upper()}")
+        elif name not in plots:
+            chosen.append(name)
+    return chosen
+
+
+def draw_picture(name, out, case):
+    """Draw one of PICTURES into the folder `out`. Returns its path."""
+    path = Path(out, "clip.webp" if name == "clip" else f"{name}.png")
+    if name not in PLOTS:
+        PICTURES[name](path, case)
+        return path
+    import matplotlib                                   # optional: only plots need it
+    with matplotlib.rc_context({"font.size": POINTS, "axes.titlesize": POINTS}):
+        PICTURES[name](path, case)
+    return path
+
+
+def get_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--ckpt", help="checkpoint of train.py: best.pt or last.pt")
+    p.add_argument("--video", metavar="PATH", help="a video file or a folder of frames")
+    p.add_argument("--clip", metavar="ID", help="a clip of the data set, instead of --video")
+    p.add_argument("--dataset", choices=data.LAYOUTS, help="of --clip, if not that of training")
+    p.add_argument("--data_root", help="folder of the data set, if it has moved")
+    p.add_argument("--clip_root", help="folder of the clips, if not DATA_ROOT")
+    p.add_argument("--out", default="pictures", metavar="DIR", help="folder for the pictures")
+    p.add_argument("--only", nargs="+", choices=PICTURES, default=list(PICTURES), metavar="NAME",
+                   help=f"some of {', '.join(PICTURES)}; relevance takes the most time")
+    p.add_argument("--place", nargs=2, type=int, metavar=("ROW", "COLUMN"),
+                   help="place of the patch grid that ctm and smem show, counted from 0")
+    p.add_argument("--steps", type=int, default=16, help="of relevance; take more if its sum and "
+                   "the difference of the logits, both in the picture, differ much")
+    p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
+    p.add_argument("--toy_classes", metavar="FILE", help="write an animation of the toy's classes, "
+                   ".webp or .gif, and stop; needs no checkpoint")
+    args = p.parse_args(argv)
+    if args.toy_classes:
+        return args
+    if not args.ckpt or (args.video is None) == (args.clip is None):
+        p.error("expected --ckpt, and either --video PATH or --clip ID")
+    if args.steps < 1:
+        p.error(f"--steps is {args.steps}, expected 1 or more")
+    return args
+
+
+def find_path(args, trained):
+    """Path and title of the clip that the flags ask for. trained: the flags of training."""
+    if args.video:
+        path = data.find_clip(".", args.video)
+        return path, path.name
+    dataset = args.dataset or trained["dataset"]
+    root, clip_root = args.data_root, args.clip_root
+    if dataset == trained["dataset"]:
+        root, clip_root = root or trained["data_root"], clip_root or trained.get("clip_root")
+    path, name = find_in_dataset(args.clip, dataset, root or f"datasets/{dataset}", clip_root)
+    return path, f"clip {args.clip}, \"{name}\"" if name else f"clip {args.clip}"
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--ckpt", help="checkpoint of train.py, best.pt or last.pt")
-    p.add_argument("--video", metavar="PATH", help="a video file or a folder of frames")
-    p.add_argument("--clip", metavar="ID", help="a clip of the data set, instead of --video; its class is then shown too")
-    p.add_argument("--dataset", choices=data.DATASETS, help="layout of the data set for --clip (default: the one trained on)")
-    p.add_argument("--data_root", help="its folder, where it is not the one trained from")
-    p.add_argument("--out", default="pictures", metavar="DIR", help="folder for the pictures; files of the same names are overwritten (default: %(default)s)")
-    p.add_argument("--only", nargs="+", choices=PICTURES, default=PICTURES, metavar="NAME", help=f"draw these only: {', '.join(PICTURES)}; relevance takes the most time")
-    p.add_argument("--place", nargs=2, type=int, metavar=("ROW", "COLUMN"), help="a place of the patch grid, from 0: CTM's attention and SMEM's row there "
-                   "(default: CTM's mean over all places, SMEM's row of the place that changes most in each step)")
-    p.add_argument("--steps", type=int, default=16, help="steps of the relevance's integral; more when its sum and the difference of the logits, "
-                   "both on the picture, are far apart (default: %(default)s)")
-    p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="auto takes the first that is there")
-    p.add_argument("--toy_classes", metavar="FILE", help="write one animation of the toy's ten classes, .webp or .gif, and stop; needs no checkpoint")
-    args = p.parse_args(argv)
+    args = get_args(argv)
     if args.toy_classes:
         draw_toy_classes(args.toy_classes)
-        print(f"{args.toy_classes}: the toy's ten classes; the lower row is the upper one run backwards")
+        print(f"{args.toy_classes}: the lower row is the upper one run backwards")
         return
-    if not args.ckpt or (args.video is None) == (args.clip is None):
-        p.error("expected --ckpt, and either --video PATH or --clip ID (or --toy_classes FILE alone)")
-    if args.steps < 1:
-        p.error(f"--steps: got {args.steps}, expected at least 1")
 
     device = pick_device(args.device)
     checkpoint = load_checkpoint(args.ckpt)
-    model = build_trained(checkpoint, args.ckpt)
+    config = ModelConfig(**checkpoint["model_config"])
+    model = STDFormer(config)
+    model.load_state_dict(checkpoint["model"])
     model.to(device).eval()
-    c, classes, trained = model.config, checkpoint["classes"], checkpoint["args"]
-    if args.place and not all(0 <= i < n for i, n in zip(args.place, model.grid)):
-        p.error(f"--place: got {args.place[0]} {args.place[1]}, expected a row from 0 to {model.grid[0] - 1} and a column from 0 to {model.grid[1] - 1}")
+    (rows, columns), place = model.grid, args.place
+    if place and not (0 <= place[0] < rows and 0 <= place[1] < columns):
+        raise ValueError(f"--place is {place[0]} {place[1]}, expected a row from 0 to {rows - 1} "
+                         f"and a column from 0 to {columns - 1}")
 
-    path, label = args.video, None
-    if args.clip:
-        name = args.dataset or trained["dataset"]
-        root = args.data_root or (trained["data_root"] if name == trained["dataset"] else f"datasets/{name}")
-        path, label = find_clip(args.clip, name, root)
-    video, indices, seconds = read_frames(path, c.num_frames, c.image_size)
+    path, title = find_path(args, checkpoint["args"])
+    video, indices, seconds = read_frames(path, config.num_frames, config.image_size)
+    case = Case(model, checkpoint["classes"], (checkpoint["mean"], checkpoint["std"]), device,
+                title, video, indices, seconds, tuple(place) if place else None)
+    logits, case.seen = look_inside(model, case.normalized())
+    case.probability = logits.softmax(-1).cpu()
+    row, column = most_moving(video, model.grid)
+    print(f"{title}: {100 * case.probability.max():.1f} % {case.answer}; most movement at "
+          f"--place {row} {column} of {rows} x {columns}")
 
-    def normalized(video):
-        return data.normalize(video[None].to(device), checkpoint["mean"], checkpoint["std"])
-
-    @torch.no_grad()
-    def ask(video):
-        return model(normalized(video))[0].float().softmax(-1).cpu()
-
-    logits, seen = look_inside(model, normalized(video))
-    moving = most_moving(video, model.grid)
-    case = Case(model, classes, video, indices, seconds, f"clip {args.clip}" + (f", \"{label}\"" if label else "") if args.clip else Path(path).name,
-                ask, logits.softmax(-1).cpu(), seen, tuple(args.place) if args.place else None)
-    winner = int(case.probability.argmax())
-    print(f"{case.title}: {100 * case.probability[winner]:.1f} % {classes[winner]}; most movement at --place {moving[0]} {moving[1]} of {model.grid[0]} x {model.grid[1]}")
-
-    wanted = [name for name in PICTURES if name in args.only]
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        plots = [name for name in wanted if name in PLOTS]
-        if plots:
-            print(f"{', '.join(plots)}: left out, they are drawn with matplotlib (pip install matplotlib)")
-        wanted = [name for name in wanted if name not in PLOTS]
-    for name in list(wanted):
-        reason = missing(name, model)
-        if reason:
-            print(f"{name}: left out, {reason}")
-            wanted.remove(name)
-    smem = [f"{branch}.{i}" for branch in ("smem_t", "smem_st") for i in present(model, branch)]
-    if "clip" in wanted and smem and c.smem_fusion != "add":
-        module = model.get_submodule(smem[0])
-        case.motion = motion_field(smem_features(seen, smem[0], module), module.grid)
-    if {"clip", "relevance"} & set(wanted) and not missing("relevance", model):
-        case.relevance = relevance(model, normalized(video), args.steps)
-
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    draw = dict(frames=draw_frames, order=draw_order, relevance=draw_relevance, ctm=draw_ctm, smem=draw_smem, stdm=draw_stdm, ptm=draw_ptm, clip=draw_clip)
-    for name in wanted:
-        file = out / (name + (".webp" if name == "clip" else ".png"))
-        draw[name](file, case)
-        print(file)
+    names = choose_pictures([name for name in PICTURES if name in args.only], config)
+    smems = smem_names(model)
+    if "clip" in names and smems and config.smem_fusion != "add":
+        smem = model.get_submodule(smems[0])
+        case.motion = motion_field(smem_features(case.seen, smems[0], smem), smem.grid)
+    if "clip" in names or "relevance" in names:
+        case.relevance = relevance(model, case.normalized(), args.steps)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    for name in names:
+        print(draw_picture(name, args.out, case))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, data.ClipError) as e:
-        sys.exit(f"visualize.py: {data.reason(e)}")
+    run_program(main)
