@@ -1,197 +1,319 @@
-"""The figure carries names that exist, and what docs/walkthrough.md shows is what comes out: its code runs, its shapes and lines are true.
+"""The pages of docs/ and the figures: links, names and commands exist, and the lesson is true.
 
     python -m pytest tests/test_docs.py
 """
-import code
-import contextlib
-import dataclasses
-import importlib.util
-import io
+import json
+import os
 import re
 import shlex
-import sys
-import textwrap
 import xml.etree.ElementTree as ET
 
+import pytest
 import torch
 
 from conftest import ROOT
-from test_readme import definition_line
-import data
+import evaluate
 import model
 import train
+from scripts import architecture, notebook, toy_data
 
+DOCS = ROOT / "docs"
 SVG = "{http://www.w3.org/2000/svg}"
+PAGES = {page.name: page.read_text(encoding="utf-8")
+         for page in [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]}
+LESSON = PAGES["walkthrough.md"]
+
+# ----- docs/architecture.svg and docs/modules.svg ---------------------------
 
 
-# ----------------------------------------------------------------------------------------------------
-# docs/architecture.svg
-# ----------------------------------------------------------------------------------------------------
+def svg_groups(name):
+    root = ET.parse(DOCS / f"{name}.svg").getroot()
+    return {group.get("id"): group for group in root.iter(SVG + "g")}
 
 
-def architecture():
-    spec = importlib.util.spec_from_file_location("architecture", ROOT / "scripts" / "architecture.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def code_words(group):
+    """What a group sets in the letters of code: names of model.py."""
+    return [e.text for e in group.iter(SVG + "text") if "code" in e.get("class").split()]
 
 
-def groups():
-    root = ET.parse(ROOT / "docs" / "architecture.svg").getroot()
-    return {g.get("id"): g for g in root.iter(SVG + "g")}
-
-
-def names(group):
-    """What is set as code in the boxes of a group."""
-    return {e.text for e in group.iter() if e.tag in (SVG + "text", SVG + "tspan") and "code" in (e.get("class") or "").split()}
-
-
-def test_figure_is_the_one_that_the_script_draws():
-    drawn = (ROOT / "docs" / "architecture.svg").read_text(encoding="utf-8")
-    assert drawn == architecture().draw(), "docs/architecture.svg is old: python scripts/architecture.py"
+@pytest.mark.parametrize("name", architecture.TITLES)
+def test_figure_is_the_one_that_the_script_draws(name):
+    drawn = (DOCS / f"{name}.svg").read_text(encoding="utf-8")
+    assert drawn == architecture.draw(name), f"docs/{name}.svg: run scripts/architecture.py"
 
 
 def test_figure_names_exist_in_the_model():
     with torch.device("meta"):
         whole = model.build_model("b16")
-    assert set(groups()) == {"STDFormer", "PTM", "CTM", "STDM", "SMEM"}
-    for owner, group in groups().items():
-        found = names(group)
+    groups = {**svg_groups("architecture"), **svg_groups("modules")}
+    assert set(groups) == {"STDFormer", "PTM", "CTM", "STDM", "SMEM"}
+    for owner, group in groups.items():
+        found = set(code_words(group))
         part = next(m for m in whole.modules() if type(m).__name__ == owner)
         assert owner in found and len(found) >= 4
-        unknown = {name for name in found if not isinstance(getattr(model, name, None), type) and not hasattr(part, name)}
-        assert not unknown, f"in the box of {owner}: {unknown} is neither a class of model.py nor a part of {owner}"
+        for name in found:
+            known = isinstance(getattr(model, name, None), type) or hasattr(part, name)
+            assert known, f"{owner}: {name} is neither a class of model.py nor a part of {owner}"
 
 
-def test_figure_shows_every_module_where_b16_has_it():
+def test_figure_shows_every_module_at_the_layers_of_b16():
     c = model.ModelConfig(**model.MODELS["b16"])
-    cells = [e.text for e in groups()["STDFormer"].iter(SVG + "text") if e.get("font-size") == "11"]
-    want = {"Block": c.depth - len(c.ptm_layers), "PTM": len(c.ptm_layers), "CTM": c.depth, "STDM": len(c.stdm_layers), "SMEM": len(c.smem_layers)}
-    assert {name: cells.count(name) for name in want} == want
+    texts = svg_groups("architecture")["STDFormer"].iter(SVG + "text")
+    cells = [e.text for e in texts if "cell" in e.get("class").split()]
+    expected = {"Block": c.depth - len(c.ptm_layers), "PTM": len(c.ptm_layers), "CTM": c.depth,
+                "STDM": len(c.stdm_layers), "SMEM": len(c.smem_t_layers)}
+    assert {name: cells.count(name) for name in set(cells)} == expected
 
 
-def test_figure_stands_alone_in_light_and_dark():
-    """An image in a README may load nothing; it has its own background, and both sets of colours."""
-    text = (ROOT / "docs" / "architecture.svg").read_text(encoding="utf-8")
+def test_figure_shows_the_shapes_of_the_model():
+    texts = svg_groups("architecture")["STDFormer"].iter(SVG + "text")
+    shapes = " ".join(e.text for e in texts if "shape" in e.get("class").split())
+    for shape in "(B, 3, F, S, S)", "x (B, T, 1+N, D)", "y (B, T, H, W, D)":
+        assert shape in shapes and shape.split(" ", 1)[-1] in model.__doc__
+
+
+@pytest.mark.parametrize("name", architecture.TITLES)
+def test_figure_stands_alone_in_light_and_dark(name):
+    """An image in a README may load nothing. It brings its background and both sets of colours."""
+    text = (DOCS / f"{name}.svg").read_text(encoding="utf-8")
     assert not re.search(r"(?:href|src|url\(|@import|foreignObject|<script)", text)
     assert "@media (prefers-color-scheme: dark)" in text
     root = ET.fromstring(text)
     first = root.find(SVG + "rect")
-    assert first.get("class") == "paper" and float(first.get("width")) >= float(root.get("width")) - 1
+    assert first.get("class") == "paper"
+    assert float(first.get("width")) >= float(root.get("width")) - 1
+
+# ----- Links, names and commands of all pages -------------------------------
 
 
-# ----------------------------------------------------------------------------------------------------
-# docs/walkthrough.md
-# ----------------------------------------------------------------------------------------------------
-
-WALK = (ROOT / "docs" / "walkthrough.md").read_text(encoding="utf-8")
-
-
-def blocks(language):
-    """The fenced blocks of one language, in order, without their indentation (answers stand in lists)."""
-    return [textwrap.dedent(body) for _, body in re.findall(rf"^( *)```{language}\n(.*?)^ *```$", WALK, re.MULTILINE | re.DOTALL)]
+def headings(page):
+    """The anchors that GitHub gives to the headings of a page."""
+    titles = re.findall(r"^#+ (.*)", PAGES[page], re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-class Session(code.InteractiveConsole):
-    """A reader who types the code into `python`: line by line, so a missing blank line behind a loop is an error, as it is there."""
-
-    def showtraceback(self):
-        raise
-
-    def showsyntaxerror(self, *args, **kwargs):
-        raise
-
-    def run(self, block):
-        """Run a block. Returns (shapes compared, outputs compared); fails where a comment tells something else."""
-        shapes = outputs = 0
-        statement = []
-        for line in block.splitlines() + [""]:
-            printed = io.StringIO()
-            statement.append(line)
-            with contextlib.redirect_stdout(printed):
-                unfinished = self.push(line)
-            if unfinished:
-                continue
-            for comment in (part.split("  # ", 1)[1] for part in statement if "  # " in part):
-                if comment.startswith("prints "):
-                    assert " ".join(printed.getvalue().split()) == " ".join(comment.removeprefix("prints ").split()), "\n".join(statement)
-                    outputs += 1
-                else:
-                    for name, shape in re.findall(r"\b(\w+) \((\d+(?:, \d+)*)\)", comment):
-                        found = ", ".join(map(str, self.locals[name].shape))
-                        assert found == shape, f"{name} has the shape ({found}), the walk-through says ({shape}):\n" + "\n".join(statement)
-                        shapes += 1
-            statement = []
-        assert not statement, "unfinished: " + "\n".join(statement)
-        return shapes, outputs
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_pictures_exist(page):
+    folder = ROOT if page == "README.md" else DOCS
+    prose = re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL)
+    for path, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", prose):
+        if path.startswith(("http://", "https://")):
+            continue
+        assert (folder / path).exists(), f"{page} links to {path}, which does not exist"
+        target = (folder / path).name if path else page
+        if anchor:
+            assert target in PAGES, f"{page}: {path}#{anchor} would change with every edit"
+            assert anchor in headings(target), f"{page}: {target} has no heading #{anchor}"
 
 
-def test_walkthrough_runs_as_printed(tmp_path, monkeypatch):
-    """All Python of the walk-through in one session, on a small toy and a model of two steps; shapes and outputs in its comments are compared."""
-    data.make_toy(tmp_path / "datasets" / "toy", train=4, validation=10)
-    monkeypatch.chdir(tmp_path)
-    train.main("--image_size 48 --epochs 1 --warmup_epochs 0 --batch_size 2 --workers 0 --device cpu --out_dir out/toy48".split())
-    session, random_state = Session(), torch.get_rng_state()
+@pytest.mark.parametrize("page", PAGES)
+def test_linked_names_exist(page):
+    """[`STDFormer.stem`](../model.py) names a method of a class of that file."""
+    for name, path in re.findall(r"\[`([\w.]+)`\]\([./]*([\w/]+\.py)\)", PAGES[page]):
+        if name.endswith(".py"):
+            continue
+        source = (ROOT / path).read_text(encoding="utf-8")
+        for part in name.split("."):
+            found = re.search(rf"^ *(?:class|def) {part}\b|^{part} = ", source, re.MULTILINE)
+            assert found, f"{page}: {path} has no {name}"
+            source = source[found.end():]
+
+
+def commands(text):
+    """(program, its arguments) of every command of ours in blocks of bash and in `python ...`."""
+    found = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    found += re.findall(r"`((?:python|torchrun) [^`\n]+)`", text)
+    for line in "\n".join(found).replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        starts = [i for i, word in enumerate(words) if word.endswith(".py")]
+        for start, end in zip(starts, [*starts[1:], None]):
+            yield words[start], words[start + 1:end]
+
+
+def known_flags(program):
+    source = (ROOT / program).read_text(encoding="utf-8")
+    flags = set(re.findall(r'"--(\w+)"', source)) | {"help"}
+    if "add_model_flags" in source:
+        flags |= {"model", *model.ModelConfig.__dataclass_fields__}
+    if program in ("scripts/variants.py", "scripts/ablate.py"):         # they pass flags on
+        flags |= known_flags("train.py") | known_flags("evaluate.py")
+    return flags
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "README.md"])
+def test_commands_have_these_flags(page):
+    for program, words in commands(PAGES[page]):
+        assert (ROOT / program).is_file(), f"{page}: {program} does not exist"
+        for flag in re.findall(r"(?<!\S)--(?:no-)?(\w+)", " ".join(words)):
+            assert flag in known_flags(program), f"{page}: {program} has no --{flag}"
+
+
+def test_commands_of_the_lesson_are_accepted():
+    parsed = 0
+    for program, words in commands(LESSON):
+        if program == "train.py":
+            train.model_config(train.get_args(words))
+            parsed += 1
+        if program == "evaluate.py":
+            evaluate.get_args(words)
+            parsed += 1
+    assert parsed >= 8
+
+# ----- docs/toy48.pt, the lesson's model ------------------------------------
+
+
+def test_lesson_model_is_small():
+    path = DOCS / "toy48.pt"
+    assert path.stat().st_size < 2e6
+    checkpoint = evaluate.load_checkpoint(path)
+    assert "optimizer" not in checkpoint and not os.path.isabs(checkpoint["args"]["data_root"])
+    for name, tensor in checkpoint["model"].items():
+        assert tensor.dtype != torch.float32 or "running" in name
+        assert tensor.isfinite().all(), name
+
+
+def test_evaluate_accepts_the_lesson_model(tmp_path, capsys):
+    _, name = toy_data.write_toy_clip((tmp_path, "clip", 0, "validation", 0))
+    ckpt, clip = str(DOCS / "toy48.pt"), str(tmp_path / "clip")
+    evaluate.main(["--ckpt", ckpt, "--video", clip, "--device", "cpu"])
+    assert capsys.readouterr().out.splitlines()[1].endswith(name)
+
+
+def test_notebook_script_shrinks_a_checkpoint(tmp_path):
+    checkpoint = evaluate.load_checkpoint(DOCS / "toy48.pt")
+    checkpoint["model"]["head.bias"] = checkpoint["model"]["head.bias"].float()
+    checkpoint["optimizer"] = {}
+    large = torch.tensor([1e5])                         # more than float16 can hold
+    checkpoint["model"]["bn.running_var"] = large
+    small = notebook.shrink(checkpoint)
+    assert "optimizer" not in small and small["model"]["head.bias"].dtype == torch.float16
+    assert torch.equal(small["model"]["bn.running_var"], large)
+
+# ----- docs/walkthrough.md and docs/walkthrough.ipynb -----------------------
+
+
+def test_notebook_is_made_of_the_text():
+    path = DOCS / "walkthrough.ipynb"
+    made = path.read_text(encoding="utf-8")
+    assert made == notebook.make_notebook(LESSON), "it is old: run python scripts/notebook.py"
+    assert path.stat().st_size < 1.5e6
+    cells = json.loads(made)["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    in_text = [match["code"].strip("\n") for match, folded in notebook.find_cells(LESSON)
+               if not folded]
+    assert code == in_text and len(code) > 15
+    pictures = [output for cell in cells for output in cell.get("outputs", ())
+                if "image/png" in output.get("data", {})]
+    assert len(pictures) >= 4
+
+
+def test_minutes_and_questions_add_up():
+    rows = re.findall(r"^\| \[\d\].* \| (\d+) \| ([\d, ]+) \|$", LESSON, re.MULTILINE)
+    assert len(rows) == 8 and sum(int(minutes) for minutes, _ in rows) == 80
+    assert "| 80 |" in LESSON
+    asked = [number for _, questions in rows for number in questions.split(", ")]
+    assert asked == re.findall(r"^\*\*Question (\d+)\.\*\*", LESSON, re.MULTILINE)
+    assert LESSON.count("<details>") == LESSON.count("</details>") >= 24
+
+
+def is_drawing(match):
+    return "plt." in match["code"] or "draw_" in match["code"]
+
+
+def check_shapes(code, names):
+    """Compare comments such as "# x (1, 8, 37, 64)" with the variables. Returns their number."""
+    comments = " ".join(re.findall(r"#(.*)", code))
+    shapes = re.findall(r"\b(\w+) \((\d+(?:, \d+)*)\)", comments)
+    for name, shape in shapes:
+        assert ", ".join(map(str, names[name].shape)) == shape, f"{name}:\n{code}"
+    return len(shapes)
+
+
+@pytest.fixture(scope="module")
+def lesson():
+    """The names after all cells that do not draw, what each prints, and the shapes compared."""
+    folder, threads = os.getcwd(), torch.get_num_threads()
+    random_state = torch.get_rng_state()
+    os.chdir(DOCS)                                      # the first cell finds the root
+    names, printed, shapes = {"__name__": "lesson"}, [], 0
     try:
-        counts = [session.run(block) for block in blocks("python")]
+        for match, _ in notebook.find_cells(LESSON):
+            if not is_drawing(match):
+                printed.append((match["printed"] or "", notebook.run_cell(match["code"], names)))
+                shapes += check_shapes(match["code"], names)
+        yield names, printed, shapes
     finally:
-        torch.set_grad_enabled(True)                    # the walk-through switches it off for good
+        torch.set_grad_enabled(True)                    # the lesson switches it off for good
+        torch.set_num_threads(threads)
         torch.set_rng_state(random_state)
-    shapes, outputs = map(sum, zip(*counts))
-    assert shapes >= 30 and outputs >= 15, "comments that the test no longer recognises?"
+        os.chdir(folder)
 
 
-def test_walkthrough_links_point_at_the_definition():
-    links = re.findall(r"\[`([\w.]+)`\]\(\.\./(\w+\.py)#L(\d+)\)", WALK)
-    assert {"STDFormer.stem", "Block", "CTM", "STDM", "SMEM", "PTM"} <= {name for name, *_ in links}
-    assert len(links) == WALK.count(".py#L"), "a link to a line that is not of the form [`Name`](../file.py#L1)"
-    wrong = [f"[`{name}`](../{file}#L{line}): it is #L{definition_line(file, name)}" for name, file, line in links if int(line) != definition_line(file, name)]
-    assert not wrong, "docs/walkthrough.md, mend these lines:\n" + "\n".join(wrong)
+def test_lesson_prints_what_it_says(lesson):
+    """The words are the same, and no number is far off."""
+    _, printed, shapes = lesson
+    assert shapes >= 20, "comments that the test does not recognise any more?"
+    number = r"\d+(?:\.\d+)?"
+    for said, now in printed:
+        words = [" ".join(re.sub(number, "#", text).split()) for text in (said, now)]
+        assert words[0] == words[1]
+        for a, b in zip(re.findall(number, said), re.findall(number, now)):
+            assert float(a) == pytest.approx(float(b), abs=8), f"{said}\nis now\n{now}"
 
 
-def test_walkthrough_files_and_headings_exist():
-    headings = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)", WALK, re.MULTILINE)}
-    prose = re.sub(r"```.*?```|`[^`\n]*`", "", WALK, flags=re.DOTALL)
-    targets = re.findall(r"\]\(([^)#]*)(#[^)]*)?\)", prose)
-    missing = {path for path, _ in targets if path and not (ROOT / "docs" / path).exists()}
-    missing |= {anchor for path, anchor in targets if not path and anchor[1:] not in headings}
-    assert not missing, f"docs/walkthrough.md links to what is not there: {sorted(missing)}"
+def test_lesson_experiment(lesson):
+    names = lesson[0]
+    assert names["answers"]["as it is"].startswith("Moving something from left to right")
+    assert names["answers"]["backwards"].startswith("Moving something from right to left")
+    own, partner = zip(*(names["scores"][test] for test in names["tests"]))
+    assert own[0] > 80 and partner[1] > 80
+    assert 15 < own[2] < 50 and 15 < partner[2] < 50 and own[2] + partner[2] > 45
+    assert own[3] < 25
 
 
-def test_walkthrough_quotes_the_model():
-    source = {line.strip() for line in (ROOT / "model.py").read_text(encoding="utf-8").splitlines()}
-    quoted = [line.strip() for block in blocks("py") for line in block.splitlines()]
-    assert quoted and not [line for line in quoted if line not in source]
+def test_lesson_says_who_knows_of_the_order(lesson):
+    names = lesson[0]
+    assert names["knows"] == {4: [2], 5: [2, 3], 15: [7]}
+    assert names["block_is_blind"] and names["ctm_is_blind"] and not names["ptm_is_blind"]
+    lines = [line for _, now in lesson[1] for line in now.splitlines() if "computes it" in line]
+    assert len(lines) == 3 and all(line.endswith("True") for line in lines)
 
 
-def test_walkthrough_table_of_b16(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["model.py", "--model", "b16"])
-    model.main()
-    printed = capsys.readouterr().out
-    table, = (block for block in blocks("text") if block.startswith("b16"))
-    assert table.strip() in printed, "the table of step 10 is old: python model.py --model b16"
-    for kind, column in ("tiny at 48 pixels", 2), ("b16", 3):
-        c = model.ModelConfig(**{**model.MODELS[kind.split()[0]], **({"image_size": 48} if "48" in kind else {})})
-        T, side, S = c.num_frames // c.stem_stride, c.image_size // c.patch_size, c.image_size
-        want = [(1, 3, c.num_frames, S, S), (1, T, 1 + side ** 2, c.dim), (1, T, side, side, c.dim), (1, T - 1, side ** 2, side ** 2)]
-        want = [str(shape) for shape in want] + ["; ".join(", ".join(map(str, p)) for p in ((c.depth,), c.ptm_layers, c.smem_layers))]
-        rows = WALK.split("| | tiny at 48 pixels | b16 |\n")[1].splitlines()[1:6]
-        assert [row.split(" | ")[column - 1].strip(" |") for row in rows] == want
+def test_lesson_shows_what_training_made(lesson):
+    names = lesson[0]
+    x, dpe, *terms = names["lengths"]["trained"]
+    assert dpe > max(terms) and 0.35 < dpe / x < 0.7
+    for _, _, y1, y2, y3 in names["lengths"].values():
+        assert y2 > max(y1, y3)
+    assert names["ratios"]["trained"] > names["ratios"]["untrained"] > 1.5
+    assert names["share"]["trained"].mean() > 4 * names["share"]["untrained"].mean()
+    for when, expected in ("before", (0, 8)), ("after", (15, 36)):
+        different, itself = names[when]["trained"]
+        assert expected[0] < different < expected[1]
+        assert itself < names[when]["untrained"][1]
+    assert names["after"]["untrained"][1] > 55
 
 
-def test_walkthrough_commands_are_accepted():
-    commands = [shlex.split(line) for block in blocks("bash") for line in block.splitlines() if not line.startswith("#")]
-    commands += [shlex.split(c) for c in re.findall(r"`(python [^`]+)`", WALK)]
-    assert len(commands) > 12
-    for python, script, *flags in commands:
-        assert python == "python"
-        if script == "train.py":
-            model.config_from_flags(train.get_args(flags))
-        elif (ROOT / script).is_file():
-            help_text = "".join((ROOT / script).read_text(encoding="utf-8"))
-            fields = {f.name for f in dataclasses.fields(model.ModelConfig)} if script == "model.py" else set()
-            assert all(f'"{flag}"' in help_text or flag[2:] in fields for flag in flags if flag.startswith("--")), (script, flags)
-        else:
-            raise AssertionError(f"{script} is not there")
-    for flag in re.findall(r"`--(\w+)", WALK):          # flags that the text names
-        assert flag in vars(train.get_args([])), flag
+def test_lesson_parts(lesson):
+    left = lesson[0]["left"]
+    for small in "SMEM", "PTM's convolution", "DPE":
+        assert left[small] > left["nothing"] - 7
+    for large in "CTM's attention", "STDM":
+        assert 50 < left[large] < left["nothing"] - 10
+    assert 20 < left["all of these"] < 55 and left["motion in the stem"] < 20
+
+
+def test_lesson_draws_its_pictures(lesson, monkeypatch):
+    matplotlib = pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    monkeypatch.setattr(plt, "show", lambda: None)
+    with matplotlib.rc_context(), torch.no_grad():
+        for match, _ in notebook.find_cells(LESSON):
+            if is_drawing(match):
+                notebook.run_cell(match["code"], lesson[0])
+                check_shapes(match["code"], lesson[0])
+                assert bool(plt.get_fignums()) == bool(match["picture"])
+                plt.close("all")
+    for match, _ in notebook.find_cells(LESSON):
+        assert not match["picture"] or is_drawing(match)
