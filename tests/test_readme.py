@@ -1,56 +1,96 @@
-"""The README's map from the paper to the code points at the right lines, and its commands name real files and flags.
+"""The README names files, classes and flags that exist, keeps its size, and its example runs.
 
-    python -m pytest tests/test_readme.py
+python -m pytest tests/test_readme.py
 """
+
 import re
 from pathlib import Path
 
 import pytest
 
+import data
+import evaluate
+import model
+import train
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-MAP = re.findall(r"`([A-Za-z_.]+)` \| \[([a-z]+\.py):(\d+)\]\(([a-z]+\.py)#L(\d+)\)", README)
+MODULES = {"model.py": model, "data.py": data, "train.py": train, "evaluate.py": evaluate}
 
 
-def definition_line(file, name):
-    """Line of `class name`, `def name` or, for Class.method, of the method behind its class."""
-    lines, start = (ROOT / file).read_text(encoding="utf-8").splitlines(), 0
+def section(title):
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def test_the_readme_is_two_screens():
+    assert len(README.splitlines()) <= 230
+    assert len(README.split()) <= 2200
+
+
+def names_of_the_map():
+    """(name, module) of "From the paper to the code". A file stands until the next is named."""
+    pairs, file = [], None
+    table = section("From the paper to the code")
+    for name, found in re.findall(r"`([\w.]+)`(?: in (\w+\.py))?", table):
+        file = found or file
+        pairs.append((name, file))
+    return pairs
+
+
+def test_the_map_names_every_module_of_the_paper():
+    names = {name for name, _ in names_of_the_map()}
+    assert names >= {"STDFormer", "Block", "PTM", "DPE", "PTMConv", "CTM", "CPE", "STDM", "SMEM"}
+
+
+@pytest.mark.parametrize("name, file", names_of_the_map())
+def test_the_map_names_what_is_there(name, file):
+    found = MODULES[file]
     for part in name.split("."):
-        start = next(i for i in range(start, len(lines)) if re.match(rf"\s*(class|def) {part}\b", lines[i])) + 1
-    return start
-
-
-def test_map_has_every_module_of_the_paper():
-    assert {"PTM", "CTM", "STDM", "SMEM", "STDFormer", "DPE", "CPE", "PTMConv"} <= {name for name, *_ in MAP}
-
-
-@pytest.mark.parametrize("name, file, line, link_file, link_line", MAP, ids=[m[0] for m in MAP])
-def test_map_points_at_the_definition(name, file, line, link_file, link_line):
-    assert (file, line) == (link_file, link_line)
-    assert int(line) == definition_line(file, name), f"README: {name} is at {file}:{definition_line(file, name)}"
-
-
-def flags_of(program, words):
-    """The flags that a program takes, by its source; some hand what they do not know to train.py or evaluate.py."""
-    source = (ROOT / program).read_text(encoding="utf-8")
-    known = set(re.findall(r'"--(\w+)"', source)) | {"help"}
-    if program in ("model.py", "train.py"):
-        known |= {"model"} | set(re.findall(r"^    (\w+): \w+ = option", (ROOT / "model.py").read_text(encoding="utf-8"), re.MULTILINE))
-    if words.startswith(" show") or program in ("scripts/ablate.py", "scripts/variants.py"):
-        known |= flags_of("train.py", "")
-    return known
-
-
-def test_commands_use_flags_that_exist():
-    """Every --flag on a command line of ours in the README belongs to the program that it is given to."""
-    commands = re.findall(r"((?:scripts/)?\w+\.py)( [^`|#\n]*)", README)
-    used = {(program, words, flag) for program, words in commands for flag in re.findall(r"(?<!-)--(?:no-)?([a-z]\w*)", words) if (ROOT / program).is_file()}
-    assert len(used) > 50 and {program for program, _, _ in used} >= {"train.py", "evaluate.py", "data.py", "model.py", "scripts/ablate.py", "scripts/bench.py"}
-    wrong = sorted({(program, flag) for program, words, flag in used if flag not in flags_of(program, words)})
-    assert not wrong, f"README gives programs flags that they do not have: {wrong}"
+        found = getattr(found, part)
 
 
 def test_line_counts_are_true():
-    for file, count in re.findall(r"`([a-z]+\.py)` (\d+) lines", README):
+    counts = re.findall(r"\[(\w+\.py)\]\(\w+\.py\) \((\d+)", README)
+    assert {file for file, _ in counts} == set(MODULES)
+    for file, count in counts:
         lines = len((ROOT / file).read_text(encoding="utf-8").splitlines())
-        assert abs(lines - int(count)) <= 10, f"README says {file} has {count} lines, it has {lines}"
+        assert abs(lines - int(count)) <= 10, f"README says {file} has {count} lines, not {lines}"
+
+
+def test_no_line_of_python_is_wider_than_100_columns():
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("tests/**/*.py")]:
+        widest = max(map(len, path.read_text(encoding="utf-8").splitlines()), default=0)
+        assert widest <= 100, f"{path} has a line of {widest} columns"
+
+
+def flags_of(program, subcommand=""):
+    """The flags that a program takes, by its source. Some pass flags on to train.py."""
+    source = (ROOT / program).read_text(encoding="utf-8")
+    known = set(re.findall(r'"--(\w+)"', source))
+    if "add_model_flags" in source:
+        known |= {f.name for f in model.fields(model.ModelConfig)} | {"model"}
+    passes_on = program in ("scripts/ablate.py", "scripts/variants.py") or subcommand == "show"
+    return known | (flags_of("train.py") if passes_on else set())
+
+
+def test_commands_use_flags_that_exist():
+    commands = re.findall(r"((?:scripts/|tests/stress/)?\w+\.py)( [^`|#\n&]*)", README)
+    used = set()
+    for program, words in commands:
+        assert (ROOT / program).is_file(), f"README runs {program}, which does not exist"
+        for flag in re.findall(r"(?<!-)--(?:no-)?([a-z]\w*)", words):
+            used.add((program, (words.split() or [""])[0], flag))
+    assert len(used) > 20
+    wrong = [(p, flag) for p, subcommand, flag in used if flag not in flags_of(p, subcommand)]
+    assert not wrong, f"README gives programs flags that they do not have: {wrong}"
+
+
+def test_the_example_of_single_modules_runs():
+    code = section("Use one module elsewhere").split("```python\n")[1].split("```")[0]
+    names = {}
+    exec(code, names)
+    claimed = re.findall(r"^(\w+) = .*# \(([\d, ]+)\)", code, re.MULTILINE)
+    assert claimed[-1][0] == "patches" and len(claimed) == 5
+    final = dict(claimed)                               # the last shape of each name
+    for name, shape in final.items():
+        assert tuple(names[name].shape) == tuple(int(n) for n in shape.split(","))
