@@ -34,6 +34,10 @@ def test_torch_export(variant):
     torch.testing.assert_close(exported(other), model(other), atol=1e-5, rtol=0)
 
 
+@pytest.mark.skipif(
+    tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 9),
+    reason="torch 2.6 cannot export it, 2.9 can",
+)
 def test_onnx(tmp_path):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
