@@ -233,13 +233,18 @@ def find_clip(folder, name):
     raise FileNotFoundError(f"{path} does not exist{found}")
 
 
-def read_frame_folder(folder, choose):
+def frame_names(folder):
+    """The frames of a folder, in the order of the clip. Hidden files are none."""
     names = [name for name in os.listdir(folder)
              if name.lower().endswith(IMAGES) and name[0] != "."]
+    return sorted(names, key=lambda name: (len(name), name))            # frame2 before frame10
+
+
+def read_frame_folder(folder, choose):
+    names = frame_names(folder)
     series = sorted({re.sub(r"\d+(?=\D*$)", "#", name.lower()) for name in names})
     if len(series) != 1:                                # flow_x_#.jpg beside img_#.jpg, say
         raise ValueError(f"it holds {' and '.join(series) or 'no frames'}, expected one series")
-    names.sort(key=lambda name: (len(name), name))      # frame2 before frame10
     frames = []
     for i in choose(len(names)):
         with Image.open(Path(folder, names[i]), formats=("JPEG", "PNG")) as image:

@@ -180,14 +180,9 @@ def remedy(path):
 
 # ----- One clip -------------------------------------------------------------
 
-def frame_files(folder):
-    return sorted(name for name in os.listdir(folder)
-                  if name.lower().endswith(data.IMAGES) and name[0] != ".")
-
-
 def missing_frames(folder):
     """How many numbers the frames of a folder leave out between the first and the last."""
-    digits = [re.findall(r"\d+", name) for name in frame_files(folder)]
+    digits = [re.findall(r"\d+", name) for name in data.frame_names(folder)]
     numbers = {int(groups[-1]) for groups in digits if groups}
     return max(numbers) - min(numbers) + 1 - len(numbers) if numbers else 0
 
@@ -345,7 +340,7 @@ def header_lines(splits, missing):
 
 
 def clip_files(path):
-    return [Path(path, name) for name in frame_files(path)] if path.is_dir() else [path]
+    return [Path(path, name) for name in data.frame_names(path)] if path.is_dir() else [path]
 
 
 def same_clips(splits, paths):
