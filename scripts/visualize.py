@@ -791,7 +791,8 @@ def find_path(args, trained):
     dataset = args.dataset or trained["dataset"]
     root, clip_root = args.data_root, args.clip_root
     if dataset == trained["dataset"]:
-        root, clip_root = root or trained["data_root"], clip_root or trained.get("clip_root")
+        clip_root = clip_root or (None if root else trained["clip_root"])
+        root = root or trained["data_root"]
     path, name = find_in_dataset(args.clip, dataset, root or f"datasets/{dataset}", clip_root)
     return path, f"clip {args.clip}, \"{name}\"" if name else f"clip {args.clip}"
 

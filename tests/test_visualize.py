@@ -310,3 +310,17 @@ def test_a_data_set_that_is_not_there_is_named(ckpt, tmp_path, monkeypatch):
     flags = ("--ckpt", ckpt, "--clip", "1", "--data_root", tmp_path / "elsewhere")
     text = message(monkeypatch, *flags)
     assert text.startswith("visualize.py: ") and "elsewhere" in text and "\n" not in text
+
+
+def test_with_another_data_root_the_clip_root_of_training_does_not_count(monkeypatch):
+    asked = []
+    monkeypatch.setattr(visualize, "find_in_dataset", lambda *where: asked.append(where) or (1, ""))
+    trained = dict(dataset="ssv1", data_root="old", clip_root="old_clips")
+    for flags in ([], ["--data_root", "new"], ["--data_root", "new", "--clip_root", "clips"]):
+        args = visualize.get_args(["--ckpt", "a.pt", "--clip", "7", *flags])
+        visualize.find_path(args, trained)
+    assert [where[2:] for where in asked] == [
+        ("old", "old_clips"),
+        ("new", None),
+        ("new", "clips"),
+    ]
