@@ -15,8 +15,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # the models here are tiny: more threads only wait for each other
-# train.py then takes one thread, too, here and in the processes that tests start.
+# The processes that tests start take one thread, too, and as many data workers on any machine.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["LOCAL_WORLD_SIZE"] = str(os.cpu_count())
+
+# The small model that test_train.py and test_evaluate.py build by hand
+SMALL_MODEL = dict(dim=32, depth=2, heads=2, num_frames=4, image_size=16, patch_size=8)
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ from PIL import Image
 
 import data
 import evaluate
-from conftest import ROOT, run_two_ranks
+from conftest import ROOT, SMALL_MODEL, run_two_ranks
 from model import build_model
 
 CLASSES = ["Closing something", "Moving something, then dropping it", "Opening something"]
@@ -56,16 +56,7 @@ def write_clips(root, classes=CLASSES, validation=7):
 def write_checkpoint(path, root, classes=CLASSES, **changes):
     """What train.py saves, of a model with random weights and a head that spreads its answers."""
     torch.manual_seed(3)
-    model = build_model(
-        "tiny",
-        dim=32,
-        depth=2,
-        heads=2,
-        num_frames=4,
-        image_size=16,
-        patch_size=8,
-        num_classes=len(classes),
-    )
+    model = build_model("tiny", **SMALL_MODEL, num_classes=len(classes))
     with torch.no_grad():
         model.head.weight.mul_(100)
     torch.save(

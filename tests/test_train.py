@@ -21,7 +21,7 @@ import data
 import evaluate
 import model
 import train
-from conftest import ROOT, run_two_ranks
+from conftest import ROOT, SMALL_MODEL, run_two_ranks
 from evaluate import load_checkpoint
 from model import build_model
 
@@ -868,28 +868,9 @@ def test_init_from_at_another_image_size_keeps_the_grid_of_smem(finished, clips,
 
 
 def test_init_from_resizes_positions():
-    net = build_model(
-        "tiny",
-        dim=32,
-        depth=2,
-        heads=2,
-        num_frames=4,
-        image_size=32,
-        patch_size=8,
-        num_classes=3,
-        smem_t_layers=(),
-    )
-    source = build_model(
-        "tiny",
-        dim=32,
-        depth=2,
-        heads=2,
-        num_frames=4,
-        image_size=16,
-        patch_size=8,
-        num_classes=3,
-        smem_t_layers=(),
-    )
+    small = {**SMALL_MODEL, "num_classes": 3, "smem_t_layers": ()}
+    net = build_model("tiny", **{**small, "image_size": 32})
+    source = build_model("tiny", **small)
     train.init_from(net, dict(model=source.state_dict(), classes=CLASSES), "a.pt", CLASSES)
     assert net.positional_embedding.shape == (17, 32) and torch.equal(
         net.positional_embedding[0], source.positional_embedding[0]
@@ -956,17 +937,7 @@ def test_clip_weights_are_loaded_and_can_be_frozen(clips, tmp_path, capsys):
         # the stem learns from motion, so it is not frozen
         assert torch.equal(trained["frozen"], value) == (name != "conv1.weight"), name
         assert not torch.equal(trained["free"], value), name
-    fresh = build_model(
-        "tiny",
-        dim=32,
-        depth=2,
-        heads=2,
-        num_frames=4,
-        image_size=16,
-        patch_size=8,
-        num_classes=3,
-        ptm_layers=(1,),
-    ).state_dict()
+    fresh = build_model("tiny", **SMALL_MODEL, num_classes=3, ptm_layers=(1,)).state_dict()
     assert any(
         k.startswith("ctm.") and not torch.equal(v, fresh[k]) for k, v in frozen["model"].items()
     )
