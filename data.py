@@ -10,13 +10,11 @@
 
 One clip, from disk to the model:
 
-    read_annotations -> sample_indices -> read_clip -> TrainTransform, eval_views -> normalize
-    id, label           16 frame numbers  uint8 frames 224 x 224 crops               float32
+    read_annotations -> sample_indices -> read_clip -> train_transform, eval_views -> normalize
+    id, label           16 frame numbers  uint8 frames 224 x 224 crops                float32
 
-Every random choice about a sample follows from (seed, epoch, index), so the number of data workers
-changes nothing.
+A sample follows from (seed, epoch, index) alone, whatever the number of data workers.
 """
-import functools
 import glob
 import json
 import os
@@ -46,7 +44,6 @@ def find_file(root, *patterns):
     raise FileNotFoundError(f"{root} holds no {' or '.join(patterns)}; give its place with "
                             "--data_root (layouts: see the top of data.py)")
 
-
 def read_lines(path):
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()     # without a BOM
@@ -54,17 +51,14 @@ def read_lines(path):
         raise ValueError(f"{path} is not UTF-8 text, save it as such: {e}") from e
     return [line.strip() for line in lines if line.strip()]
 
-
 def clean(name):
     """A class name without V2's [brackets] and without double blanks."""
     return " ".join(re.sub(r"[\[\]]", "", name).split())
-
 
 def read_ssv1(root, split):
     path = find_file(root, f"*-v1-{split}.csv")
     rows = [line.split(";", 1) for line in read_lines(path)]
     return path, rows, read_lines(find_file(root, "*-v1-labels.csv"))
-
 
 def read_ssv2(root, split):
     path = find_file(root, f"something-something-v2-{split}.json", f"{split}.json")
@@ -73,54 +67,42 @@ def read_ssv2(root, split):
     rows = [[clip[key] for key in ("id", "template") if key in clip] for clip in clips]
     answers = path.with_name("test-answers.csv")
     if split == "test" and answers.is_file():
-        answer = dict(line.split(";", 1) for line in read_lines(answers))
-        rows = [[clip["id"], answer[clip["id"]]] for clip in clips]
+        rows = [line.split(";", 1) for line in read_lines(answers)]
     return path, rows, json.loads(labels.read_text(encoding="utf-8-sig"))
-
 
 def read_folder(root, split):
     """Class folders, or a list. The classes are those of the training split."""
-    path, rows = read_folder_split(root, split)
-    _, train_rows = read_folder_split(root, "train")
-    return path, rows, [row[1] for row in train_rows]
-
-
-def read_folder_split(root, split):
     names = ("validation", "val") if split == "validation" else (split,)
-    for folder in [Path(root, name) for name in names if Path(root, name).is_dir()]:
-        rows = []                                       # the first folder is the class
-        for here, folders, files in os.walk(folder, followlinks=True):
-            folders[:] = [name for name in folders if name[0] != "."]
-            kept = [name for name in files if name[0] != "."]
-            clips = [Path(here, name) for name in kept if name.lower().endswith(VIDEOS)]
-            if not clips and any(name.lower().endswith(IMAGES) for name in kept):
-                clips = [Path(here)]                    # a folder of frames
-            for clip in clips:
-                label = clip.relative_to(folder).parts[:-1][:1]
-                if not label and split != "test":
-                    raise ValueError(f"{clip} has no class, expected {folder}/CLASS/{clip.name}")
-                rows.append((clip.relative_to(root).as_posix(), *label))
-        return folder, sorted(rows)
+    path = find_file(root, *(name + end for end in ("/", ".csv", ".txt") for name in names))
+    rows = read_list(path) if path.is_file() else list_class_folders(root, path)
+    train_rows = rows if split == "train" else read_folder(root, "train")[1]
+    return path, rows, [name for _, *names in train_rows for name in names]
 
-    path = find_file(root, *(name + end for name in names for end in ("/", ".csv", ".txt")))
-    rows, class_names = [], Path(root, "classes.txt")
+def list_class_folders(root, path):
+    """Videos, and folders of frames. The first folder below `path` is the class."""
+    files = glob.glob("**/*.*", root_dir=path, recursive=True)          # leaves out hidden ones
+    videos = {file for file in files if file.lower().endswith(VIDEOS)}
+    frames = {os.path.dirname(file) for file in files if file.lower().endswith(IMAGES)}
+    clips = videos | frames - {os.path.dirname(video) for video in videos}
+    return sorted((f"{path.name}/{clip}", *Path(clip).parts[:-1][:1]) for clip in clips)
+
+def read_list(path):
+    """Lines "path label". A classes.txt beside it names the labels that are numbers."""
+    rows, class_names = [], path.with_name("classes.txt")
     for line in read_lines(path):
         separator = next((s for s in "\t;," if s in line), None)        # None: blanks
         rows.append([field.strip() for field in line.split(separator)])
-        if len(rows[-1]) != 2 and split != "test":
+        if len(rows[-1]) > 2:
             raise ValueError(f"{path} has the line {line!r}, expected a path and a label, "
                              "with a tab between them if they hold blanks or commas")
     if class_names.is_file():                           # lines "number name", or names from 0 on
-        lines = [line.split(maxsplit=1) for line in read_lines(class_names)]
-        if not all(len(line) == 2 and line[0].isdecimal() for line in lines):
-            lines = [(str(i), " ".join(line)) for i, line in enumerate(lines)]
-        named = dict(lines)
-        for _, *labels in rows:
-            if labels and labels[0].isdecimal() and labels[0] not in named:
-                raise ValueError(f"{class_names} has no name for the label {labels[0]} of {path}")
-        rows = [(clip, *(named.get(label, label) for label in labels)) for clip, *labels in rows]
-    return path, rows
-
+        lines = [re.match(r"(?:(\d+)\s+)?(.*)", line).groups() for line in read_lines(class_names)]
+        named = {number or str(i): name for i, (number, name) in enumerate(lines)}
+        unknown = {label for row in rows for label in row[1:]} - {*named, *named.values()}
+        if unknown:
+            raise ValueError(f"{class_names} has no name for the label {min(unknown)} of {path}")
+        rows = [[clip, *(named.get(label, label) for label in labels)] for clip, *labels in rows]
+    return rows
 
 LAYOUTS = {                                             # reader, folder of the clips, their suffix
     "ssv1": (read_ssv1, "20bn-*-v1", ""),
@@ -129,116 +111,59 @@ LAYOUTS = {                                             # reader, folder of the 
     "toy": (read_ssv1, "20bn-*-v1", ""),
 }
 
-
-def read_annotations(dataset, root, split, clip_root=None):
+def read_annotations(dataset, root, split):
     """One split ("train", "validation" or "test"): clip ids, labels, and the names of all classes.
 
-    Classes are numbered in the order of their sorted names, which is V2's official order. Numbers
-    in a list are names, too. A label is -1 if a test split has none. Raises FileNotFoundError, or
-    ValueError naming file and clip.
+    Classes are numbered in the order of their sorted names, which is V2's official order. A label
+    is -1 if a test split has none. Raises FileNotFoundError, or ValueError naming file and clip.
     """
-    read, clip_folder, _ = LAYOUTS[dataset]
-    path, rows, classes = read(root, split)
+    path, rows, classes = LAYOUTS[dataset][0](root, split)
     classes = sorted({clean(name) for name in classes})
     number = {name: i for i, name in enumerate(classes)}
-    if not clip_folder:                                 # ids are paths, and may be absolute
-        root = Path(clip_root or root).absolute()
-        rows = [(os.path.relpath(Path(root, clip), root), *name) for clip, *name in rows]
     listed, labels = Counter(row[0] for row in rows), []
     for clip, *name in rows:
         label = number.get(clean(name[0])) if name else -1
-        outside = ".." in Path(clip).parts or (clip_folder and re.search(r"[/\\]", clip))
         if label is None or (label < 0 and split != "test"):
             problem = f"its class is {name}, expected one of {len(classes)}, such as {classes[:2]}"
-        elif listed[clip] > 1:
-            problem = f"it is listed {listed[clip]} times, expected once"
-        elif outside:
-            problem = "it lies outside of the data's folder: give its folder with --clip_root"
-        else:
-            labels.append(label)
-            continue
-        raise ValueError(f"{path}: clip {clip}: {problem}")
+            raise ValueError(f"{path}: clip {clip}: {problem}")
+        if listed[clip] > 1:
+            raise ValueError(f"{path}: clip {clip} is listed {listed[clip]} times, expected once")
+        labels.append(label)
     return np.array([row[0] for row in rows]), np.array(labels, dtype=np.int64), classes
-
-
-# ----- The labels of mirrored clips -----------------------------------------
-
-SIDES = {                                               # ways to write a side, and one word for it
-    r"\bl ?(2|to|t)? ?r\b": "left right", r"\br ?(2|to|t)? ?l\b": "right left",
-    r"\bl(f?t)?(?=( \d+|hs?)?\b)": "left ", r"\br(g?h?t)?(?=( \d+|hs?)?\b)": "right ",
-    r"\b(anti|counter) ?clockwise|\b[ac]cw\b": "counterclockwise", r"\bcw\b": "clockwise",
-}
-SWAP = dict(left="right", right="left", counterclockwise="clockwise", clockwise="counterclockwise")
-
-
-def mirror_labels(classes):
-    """The label of each class after a horizontal flip, our reading of 4.2's "random inversion".
-
-    Two classes are a pair if swapping left and right, or clockwise and counterclockwise, turns the
-    name of one into the name of the other. "swipe_left", "SwipeLeft", "swipe-L" and "swipeleft"
-    all name a side, but not "sign L" among the signs of an alphabet. Returns an integer for each
-    class, and the names that have a side but no partner.
-    """
-    between = (r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|"         # camel case
-               r"(?<=[a-zA-Z])(?=\d)|(?<=\d)(?=[a-zA-Z])|[\W_]+")
-    names = [re.sub(between, " ", name).lower() for name in classes]
-    shapes = [re.sub(r"\b[a-z]\b", "?", name) for name in names]           # "sign ?"
-    words = []
-    for name, shape in zip(names, shapes):
-        alike = [other for other, its_shape in zip(names, shapes) if its_shape == shape]
-        letters = {*re.findall(r"\b[a-z]\b", " ".join(alike))}
-        if len(alike) <= 2 or letters <= {*"lrudfbcm"}:         # left, up, ...: no alphabet
-            for pattern, side in SIDES.items():
-                name = re.sub(pattern, side, name)
-        words.append(name.replace(" ", ""))
-    place = {word: i for i, word in enumerate(words) if words.count(word) == 1}
-    swapped = [re.sub("|".join(SWAP), lambda match: SWAP[match[0]], word) for word in words]
-    mirrored = np.array([place.get(word, i) for i, word in enumerate(swapped)])
-    # not upright, bright, copyright
-    has_side = [re.search("left|(?<!up)(?<!b)(?<!copy)right|clockwise", name) for name in words]
-    alone = [c for i, c in enumerate(classes) if has_side[i] and mirrored[i] == i]
-    return mirrored, alone
-
 
 # ----- From a clip on disk to frames ----------------------------------------
 
-def sample_indices(n, F, rng=None, view=0, views=1):
+def sample_indices(n, F, rng=None, clips=1):
     """Choose F of the n frames of a clip, one from each of F equal segments (section 3.1).
 
     With s = (n-1)/F, segment i runs from round(s i) to round(s (i+1)), as in UniFormerV2. Training
-    (with an rng) draws in it. Evaluation takes its start plus floor(s (view+1) / (views+1)), which
-    is its middle if there is one view and the clip is long. Short clips repeat frames.
+    (with an rng) draws in it. Evaluation has `clips` temporal views. View v takes the start plus
+    floor(s (v+1) / (clips+1)): the middle, if one view has a long clip. Short clips repeat frames.
     """
     s = (n - 1) / F
     edges = np.round(s * np.arange(F + 1)).astype(np.int64)
     if rng is not None:
         return rng.integers(edges[:-1], edges[1:], endpoint=True)
-    return edges[:-1] + int(s / (views + 1) * (view + 1))
-
-
-def eval_indices(n, F, clips=1):
-    """The frames of all temporal views of a clip, one view after the other: (clips * F,)"""
-    return np.concatenate([sample_indices(n, F, view=v, views=clips) for v in range(clips)])
-
+    return np.concatenate([edges[:-1] + int(s / (clips + 1) * (v + 1)) for v in range(clips)])
 
 def find_clip(folder, name):
     """The absolute path of a clip, whichever Unicode normalisation its name has on disk."""
+    folder = Path(folder).absolute()
+    if ".." in Path(name).parts or not Path(folder, name).is_relative_to(folder):
+        raise ValueError(f"clip {name} lies outside of {folder}: give its folder with --clip_root")
     for form in (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)):
-        if os.path.exists(os.path.join(folder, form)):
-            return Path(folder, form).absolute()
-    path = Path(folder, name).absolute()
+        path = Path(folder, form)
+        if path.exists():
+            return path
     near = [*path.parent.glob(f"{glob.escape(path.stem)}.*"),
             *path.parent.glob(f"*/{glob.escape(path.name)}")]
     found = f", but {near[0]} does: rename or move it, or use --dataset folder" if near else ""
     raise FileNotFoundError(f"{path} does not exist{found}")
 
-
 def frame_names(folder):
     """The frames of a folder, in the order of the clip. Hidden files are none."""
-    names = [name for name in os.listdir(folder)
-             if name.lower().endswith(IMAGES) and name[0] != "."]
+    names = [n for n in os.listdir(folder) if n.lower().endswith(IMAGES) and n[0] != "."]
     return sorted(names, key=lambda name: (len(name), name))            # frame2 before frame10
-
 
 def read_frame_folder(folder, choose):
     names = frame_names(folder)
@@ -252,7 +177,6 @@ def read_frame_folder(folder, choose):
                 raise ValueError(f"{names[i]} has more than 8 bits per channel")
             frames.append(np.asarray(ImageOps.exif_transpose(image).convert("RGB")))
     return frames
-
 
 def read_video_file(path, choose, count=None):
     """Decode the whole file and keep the chosen frames, as seeking in video is not exact."""
@@ -269,40 +193,31 @@ def read_video_file(path, choose, count=None):
             if i in wanted:
                 frames[i] = frame.asnumpy()
     except decord.DECORDLimitReachedError:
-        # decord also counts frames that are never shown: those that an edit list hides have times
-        # before 0, VP8's invisible ones the time of another. If every shown frame came, the file
-        # is whole: read it again with their number.
+        # decord also counts frames that are never shown. Those that an edit list hides have times
+        # before 0, VP8's invisible ones the time of another. If all others came, the file is whole.
         times = reader.get_frame_timestamp(range(n))[:, 0]
         if count or i == 0 or i != len(np.unique(times[times >= 0])):
             raise
         return read_video_file(path, choose, i)
     return [frames[i] for i in wanted]
 
-
 def read_clip(path, choose):
-    """Read the frames choose(n) of a clip with n frames: uint8 RGB (F, 3, height, width).
-
-    A clip that does not read raises ValueError with its path. No other takes its place.
-    """
+    """The frames choose(n) of a clip of n frames: uint8 RGB (F, 3, h, w). Raises ValueError."""
+    read = read_frame_folder if os.path.isdir(path) else read_video_file
     try:
-        read = read_frame_folder if os.path.isdir(path) else read_video_file
         return torch.from_numpy(np.stack(read(path, choose))).permute(0, 3, 1, 2)
-    except ImportError:
-        raise
-    except Exception as e:                              # Pillow and decord have many kinds
+    except Exception as e:                              # no other clip takes its place
         reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise ValueError(f"{path} cannot be read ({reason}). scripts/check_data.py finds all such "
                          "clips, says how to repair them and writes a --skip_list") from e
-
 
 def read_skip_list(path):
     """Clip ids in a text file, one per line. A # after two blanks begins a comment."""
     return {re.split(r"(^|\s\s)#", line)[0].strip() for line in read_lines(path)} - {""}
 
-
 # ----- From frames to the input of the model --------------------------------
 
-class TrainTransform:
+def train_transform(size, scale=(0.08, 1.0), magnitude=0):
     """Random resized crop, then RandAugment: uint8 (F, 3, h, w) -> (F, 3, S, S).
 
     Both draw once per clip, from torch's global random state.
@@ -310,16 +225,10 @@ class TrainTransform:
     magnitude  of RandAugment, on torchvision's scale of 0 to 30; 0 switches it off. Each of four
                operations is applied with probability 0.5, as in UniFormerV2
     """
-
-    def __init__(self, size, scale=(0.08, 1.0), magnitude=0):
-        self.crop = v2.RandomResizedCrop(size, scale, antialias=True)
-        one = v2.RandAugment(1, magnitude, interpolation=InterpolationMode.BILINEAR)
-        self.augment = v2.Compose([v2.RandomApply([one], p=0.5)] * 4) if magnitude else None
-
-    def __call__(self, video):
-        video = self.crop(video)
-        return self.augment(video.contiguous()) if self.augment else video
-
+    crop = v2.RandomResizedCrop(size, scale, antialias=True)
+    one = v2.RandAugment(1, magnitude, interpolation=InterpolationMode.BILINEAR)
+    four = [v2.RandomApply([one], p=0.5)] * 4 if magnitude else []
+    return v2.Compose([crop, v2.Lambda(torch.Tensor.contiguous), *four])        # for speed
 
 def eval_views(video, F, size, crops=1):
     """All views of a clip: uint8 (clips * F, 3, h, w) -> (clips * crops, 3, F, S, S).
@@ -334,43 +243,34 @@ def eval_views(video, F, size, crops=1):
             views.append(TF.crop(clip, top, left, size, size).transpose(0, 1))
     return torch.stack(views)
 
-
 def normalize(video, mean=CLIP_MEAN, std=CLIP_STD):
     """uint8 (..., 3, F, S, S) -> float32 with this mean and std, on the device of the video."""
-    return (video - per_channel(tuple(mean), video.device)) / per_channel(tuple(std), video.device)
-
-
-@functools.cache                                        # copied to the GPU once, not in each step
-def per_channel(values, device):
-    return 255 * torch.tensor(values, device=device).view(3, 1, 1, 1)
-
+    mean, std = (255 * torch.tensor((mean, std), device=video.device)).view(2, 3, 1, 1, 1)
+    return (video - mean) / std
 
 class VideoDataset(torch.utils.data.Dataset):
     """One split of a data set. Yields (video, label, index).
 
     video is uint8 (3, F, S, S), or (views, 3, F, S, S) for several views. label is -1 if unknown.
-    train      random frames, crop, RandAugment (of magnitude `augment`) and flip, which mirrors
-               the label, too. Otherwise the middle of each segment, in `crops` x `clips` views
-    control    "shuffle" puts the frames in random order, "single" repeats one of them: then a
-               model that needs motion must fail
-    skip       ids of clips to leave out; evaluation counts them as wrong
+    train      random frames, crop, RandAugment (of magnitude `augment`) and flip. Otherwise the
+               middle of each segment, in `crops` x `clips` views
+    mirrored   the label that each class has after a flip; without it there are no flips
+    control    for experiments: "shuffle" the frames of a clip, or repeat a "single" one
+    skip_list  file with ids of clips to leave out; evaluation counts them as wrong
     clip_root  where the clips are, if not in root
     """
 
     def __init__(self, dataset, root, split, num_frames=16, size=224, train=False,
-                 scale=(0.08, 1.0), augment=0, flip=True, crops=1, clips=1, control="none", seed=0,
-                 skip=(), clip_root=None):
-        ids, labels, self.classes = read_annotations(dataset, root, split, clip_root)
-        keep = ~np.isin(ids, list(skip))
+                 scale=(0.08, 1.0), augment=0, mirrored=None, crops=1, clips=1, control="none",
+                 seed=0, skip_list=None, clip_root=None):
+        ids, labels, self.classes = read_annotations(dataset, root, split)
+        keep = ~np.isin(ids, list(read_skip_list(skip_list)) if skip_list else [])
         self.ids, self.labels, self.skipped = ids[keep], labels[keep], int((~keep).sum())
-        self.mirrored, self.without_partner = mirror_labels(self.classes)
-        _, clip_folder, self.suffix = LAYOUTS[dataset]
-        self.folder = Path(clip_root or root)
-        if clip_folder:
-            self.folder = find_file(self.folder, clip_folder)
+        _, folder, self.suffix = LAYOUTS[dataset]
+        self.folder = find_file(clip_root or root, folder) if folder else Path(clip_root or root)
         self.num_frames, self.size, self.crops, self.clips = num_frames, size, crops, clips
-        self.train, self.flip, self.control, self.seed = train, flip, control, seed
-        self.transform = TrainTransform(size, scale, augment)
+        self.train, self.mirrored, self.control, self.seed = train, mirrored, control, seed
+        self.transform = train_transform(size, scale, augment)
 
     def __len__(self):
         return len(self.ids)
@@ -383,22 +283,18 @@ class VideoDataset(torch.utils.data.Dataset):
         epoch, index = item if isinstance(item, tuple) else (0, item)
         rng = np.random.default_rng([self.seed, epoch if self.train else 0, int(index)])
         F, label = self.num_frames, int(self.labels[index])
-
-        def choose(n):
-            return sample_indices(n, F, rng) if self.train else eval_indices(n, F, self.clips)
-
-        video = read_clip(self.path(index), choose)     # (clips * F, 3, h, w)
-        if self.control == "shuffle":
+        draw = rng if self.train else None
+        video = read_clip(self.path(index), lambda n: sample_indices(n, F, draw, self.clips))
+        if self.control == "shuffle":                   # video: (clips * F, 3, h, w)
             video = torch.cat([clip[rng.permutation(F)] for clip in video.split(F)])
         elif self.control == "single":
             video = torch.cat([clip[[rng.integers(F)] * F] for clip in video.split(F)])
         if not self.train:
             views = eval_views(video, F, self.size, self.crops)
             return (views[0] if len(views) == 1 else views), label, index
-
         with torch.random.fork_rng(devices=[]):         # torchvision draws from the global state
             torch.default_generator.manual_seed(int(rng.integers(2 ** 63)))
             video = self.transform(video)
-        if self.flip and rng.random() < 0.5:
+        if self.mirrored is not None and rng.random() < 0.5:
             video, label = video.flip(-1), int(self.mirrored[label])
         return video.transpose(0, 1).contiguous(), label, index                 # (3, F, S, S)

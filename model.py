@@ -20,6 +20,7 @@ Figure 1 in code (STDFormer.forward_features). This happens in each of the L lay
     logits = head(LN(mean of the last y over T, H and W))
 """
 import math
+import pickle
 import zipfile
 from dataclasses import dataclass, field, fields
 
@@ -34,7 +35,6 @@ from torchvision.ops import StochasticDepth
 def option(default, help, choices=None):
     """A field of ModelConfig, with the help text and the choices of its flag."""
     return field(default=default, metadata=dict(help=help, choices=choices))
-
 
 @dataclass
 class ModelConfig:
@@ -100,19 +100,23 @@ class ModelConfig:
         if not fine:
             raise ValueError(f"{name} is {getattr(self, name)}, expected {expected}")
 
-
 MODELS = {
     "b16": dict(dim=768, depth=12, heads=12, patch_size=16, image_size=224),    # CLIP ViT-B/16
     "l14": dict(dim=1024, depth=24, heads=16, patch_size=14, image_size=224),   # CLIP ViT-L/14
     "tiny": dict(dim=64, depth=4, heads=4, patch_size=8, image_size=32),        # for a laptop
 }
 
+def model_config(args, num_classes=174, base=None):
+    """The ModelConfig that the flags describe. base: fields of the model to start from."""
+    flags = {f.name: getattr(args, f.name) for f in fields(ModelConfig)[1:]}
+    given = {name: value for name, value in flags.items() if value is not None}
+    return ModelConfig(**{**(base or MODELS[args.model]), **given, "num_classes": num_classes})
+
 # ----- Shared pieces --------------------------------------------------------
 
 def conv_tokens(conv, x):
     """Run a convolution or BatchNorm over channel-last tokens, without copying: (B, ..., C)"""
     return conv(x.movedim(-1, 1)).movedim(1, -1)
-
 
 class Attention(nn.Module):
     """Multi-head self-attention (MHA), with CLIP's parameter names. x: (B, n, D) -> (B, n, D)."""
@@ -134,7 +138,6 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(q, k, v)
         return self.out_proj(x.transpose(1, 2).reshape(B, n, D))
 
-
 class MLP(nn.Module):
     """Feed-forward network (FFN), with CLIP's parameter names. x: (..., D) -> (..., D)."""
     output_layer = "c_proj"
@@ -149,7 +152,6 @@ class MLP(nn.Module):
         z = self.c_fc(x)
         z = F.silu(1.702 * z) / 1.702           # CLIP's QuickGELU, which is z * sigmoid(1.702 z)
         return self.c_proj(self.dropout(z))
-
 
 class Block(nn.Module):
     """CLIP's transformer block, frame by frame: what is where in this frame?
@@ -172,13 +174,11 @@ class Block(nn.Module):
         x = x + self.drop_path(self.attn(frames).view_as(x))
         return x + self.drop_path(self.mlp(self.ln_2(x)))
 
-
 def zero_output(module):
     """Let a module add nothing at first. Its output_layer names a layer with weight and bias."""
     last = getattr(module, module.output_layer)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
-
 
 # ----- Section 3.2: parallel transformer module -----------------------------
 
@@ -204,7 +204,6 @@ class DPE(nn.Module):
         z = self.reduce(conv_tokens(self.bn, patches))                          # (B, T, N, D/1.5)
         return self.expand(conv_tokens(self.conv, z))
 
-
 class PTMConv(nn.Module):
     """PTM's convolution path, "2D Conv": what changes from one frame to the next around here?
 
@@ -229,7 +228,6 @@ class PTMConv(nn.Module):
             z = z.unflatten(2, grid)                                            # (B, T, H, W, D/4)
         z = conv_tokens(self.conv, z).reshape(*patches.shape[:3], -1)           # (B, T, N, D/4)
         return self.expand(z)
-
 
 class PTM(nn.Module):
     """Parallel transformer module: attention, FFN and a convolution look at the same tokens.
@@ -269,7 +267,6 @@ class PTM(nn.Module):
         y3 = F.pad(self.conv(z[:, :, 1:], grid), (0, 0, 1, 0))
         return x + self.drop_path(y1 + self.alpha * y2 + self.beta * y3)        # Eq. 1
 
-
 # ----- Section 3.3: cross transformer module --------------------------------
 
 class CPE(nn.Module):
@@ -295,7 +292,6 @@ class CPE(nn.Module):
             # Frame k of the kernel reads frame t+k-1, so shift along T: pad one end, cut the other.
             taps.append(F.pad(z, (0, 0, 0, 0, 0, 0, 1 - k, k - 1)))
         return taps[0] + taps[1] + taps[2]
-
 
 class CTM(nn.Module):
     """Cross transformer module: what happened over time, at this place of the picture?
@@ -342,7 +338,6 @@ class CTM(nn.Module):
         z = (q @ k.transpose(-2, -1)).softmax(-1) @ v
         return self.out_proj(z.transpose(1, 2).reshape(B, T, H, W, D))
 
-
 # ----- Section 3.4: spatio-temporal diffusion module ------------------------
 
 class STDM(nn.Module):
@@ -370,7 +365,6 @@ class STDM(nn.Module):
         z = conv_tokens(self.conv_t, z.reshape(B, T, H * W, D))                 # (B, T, N, D)
         z = F.relu(conv_tokens(self.bn_t, z))
         return self.pointwise(z).view(B, T, H, W, D)
-
 
 # ----- Section 3.5: salient motion excitation module ------------------------
 
@@ -425,7 +419,6 @@ class SMEM(nn.Module):
         motion = self.conv_out(self.stages(c))                          # (B*T, D, half the grid)
         motion = F.interpolate(motion, (H, W), mode="bilinear")
         return y + motion.movedim(1, -1).unflatten(0, (B, T))
-
 
 # ----- Figure 1: the whole model --------------------------------------------
 
@@ -547,20 +540,28 @@ class STDFormer(nn.Module):
         x, y = self.forward_features(video)
         return self.head(self.dropout(self.ln_post(y.mean(dim=(1, 2, 3)))))
 
-
 def build_model(name="b16", **overrides):
     """One of MODELS, with any field of ModelConfig changed: build_model("b16", num_frames=32)"""
     return STDFormer(ModelConfig(**{**MODELS[name], **overrides}))
 
+# ----- Checkpoints and CLIP's weights ---------------------------------------
 
-# ----- CLIP weights (section 4.2) -------------------------------------------
+def load_checkpoint(path):
+    """A checkpoint of train.py, on the CPU. weights_only: a file from elsewhere runs no code."""
+    try:
+        damaged = zipfile.ZipFile(path).testzip()       # torch.load does not compare checksums
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError) as e:
+        raise ValueError(f"{path} is no checkpoint of train.py: {e}") from e
+    if damaged or "model_config" not in checkpoint:
+        raise ValueError(f"{path} is damaged, or no checkpoint of train.py")
+    return checkpoint
 
 HUGGING_FACE = {                                # part of its names: part of CLIP's
     "encoder.layers.": "blocks.", "embeddings.class_embedding": "class_embedding",
     "embeddings.position_embedding.weight": "positional_embedding", "pre_layrnorm": "ln_pre",
     "embeddings.patch_embedding": "conv1", "post_layernorm": "ln_post", "layer_norm": "ln_",
     "self_attn": "attn", "fc1": "c_fc", "fc2": "c_proj"}
-
 
 def rename_hugging_face(state):
     """CLIP's names for the image tower of Hugging Face's CLIPModel or CLIPVisionModel."""
@@ -570,7 +571,6 @@ def rename_hugging_face(state):
         qkv = [state.pop(name.replace("q_proj", p)) for p in ("q_proj", "k_proj", "v_proj")]
         state[name.replace("q_proj.", "in_proj_")] = torch.cat(qkv)
     return state
-
 
 def read_clip_weights(source, dim):
     """The image tower of a CLIP checkpoint: {CLIP's name: float32 tensor}. See load_clip."""
@@ -604,7 +604,6 @@ def read_clip_weights(source, dim):
     return {k.replace("transformer.resblocks.", "blocks."): v.float() for k, v in state.items()
             if v.is_floating_point()}
 
-
 def resize_positions(positions, grid):
     """Resize a position table to another grid, in 2D: (1+N, D) -> (1+H*W, D)."""
     side = math.isqrt(len(positions) - 1)       # CLIP's grids are square
@@ -614,7 +613,6 @@ def resize_positions(positions, grid):
     p = F.interpolate(p, tuple(grid), mode="bicubic")[0].permute(1, 2, 0)       # (H, W, D)
     return torch.cat([positions[:1], p.flatten(0, 1)])
 
-
 def require_same_shapes(source, state, expected):
     """ValueError with the tensors that only one of two state dicts has, or in another shape."""
     theirs, ours = ({k: tuple(v.shape) for k, v in d.items()} for d in (state, expected))
@@ -623,12 +621,10 @@ def require_same_shapes(source, state, expected):
     if problems:
         raise ValueError("\n  ".join([f"{source} does not fit this model:", *problems]))
 
-
 def is_clip_parameter(name):
     """Whether CLIP has this parameter of STDFormer. All others are new."""
     clip = ("conv1.", "class_embedding", "positional_embedding", "ln_pre.", "ln_post.", "blocks.")
     return name.startswith(clip) and not {"dpe", "conv", "alpha", "beta"} & set(name.split("."))
-
 
 def load_clip(model, source):
     """Start from CLIP: copy its image tower and silence every new path that adds to x.

@@ -6,8 +6,8 @@
 
 --batch_size counts the clips of one step over all processes. So 1, 4 and 8 GPUs see the same clips
 in each step, at the same --lr. Everything random follows from --seed: samples from (seed, epoch,
-clip); dropout, MixUp and CutMix from (seed, step, rank). So a run that was stopped goes on with
---resume, on as many processes, as if nothing had happened.
+clip); dropout, MixUp and CutMix from (seed, step, rank). So --resume goes on as if nothing had
+happened, on as many processes.
 """
 import argparse
 import json
@@ -15,7 +15,6 @@ import math
 import os
 import signal
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -29,10 +28,14 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 import data
-from evaluate import (autocast, cores_per_process, evaluate, load_checkpoint, make_loader,
-                      pick_device, run_program, setup_processes)
-from model import (MODELS, ModelConfig, STDFormer, is_clip_parameter, load_clip,
-                   require_same_shapes, resize_positions)
+from evaluate import (autocast, cores_per_process, evaluate, make_loader, pick_device,
+                      setup_processes)
+from model import (MODELS, ModelConfig, STDFormer, is_clip_parameter, load_checkpoint, load_clip,
+                   model_config, require_same_shapes, resize_positions)
+from scripts.mirror_labels import mirror_labels
+from scripts.output import print_run, run_program
+from scripts.plots import draw_curves
+from scripts.toy_data import make_toy
 
 # ----- Recipes and flags ----------------------------------------------------
 
@@ -50,7 +53,6 @@ FREE = ("resume", "out_dir", "data_root", "clip_root", "init_from", "clip", "wor
         "device", "precision", "compile", "checkpointing", "log_every", "eval_every",
         "save_minutes", "max_steps", "dry_run")
 
-
 def get_args(argv=None):
     """Read the flags. The recipe sets defaults, a flag on the command line wins."""
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
@@ -58,8 +60,7 @@ def get_args(argv=None):
     add, on_off = p.add_argument, argparse.BooleanOptionalAction
     # files
     add("--dataset", default="toy", choices=data.LAYOUTS, help="see the top of data.py")
-    add("--recipe", choices=RECIPES, help="defaults of other flags: toy for toy, and for folder "
-        "without --clip and --init_from; else paper")
+    add("--recipe", choices=RECIPES, help="defaults of other flags; toy, or paper for CLIP models")
     add("--data_root", help="folder of the data set (default: datasets/DATASET)")
     add("--clip_root", help="folder of the clips, if not DATA_ROOT")
     add("--out_dir", help="folder for checkpoints and logs (default: out/DATASET)")
@@ -71,8 +72,7 @@ def get_args(argv=None):
     add("--crop_scale", type=float, help="smallest area of a crop; more if small things matter")
     add("--randaugment", type=int, choices=range(31), metavar="M", help="magnitude, 0 for none")
     add("--flip", action=on_off, default=True, help="mirror half of the clips, and their labels")
-    add("--control", default="none", choices=("none", "shuffle", "single"),
-        help="control experiments: shuffle the frames, or repeat a single one")
+    add("--control", default="none", choices=("none", "shuffle", "single"))
     add("--workers", type=int, default=min(8, cores_per_process()), help="data workers per process")
     add("--timeout", type=float, default=600, help="seconds to wait for a data worker")
     # optimization
@@ -80,8 +80,7 @@ def get_args(argv=None):
     add("--warmup_epochs", type=float, help="length of the linear warm-up")
     add("--batch_size", type=int, help="clips per step, over all processes")
     add("--micro_batch", type=int, help="clips per forward pass; less if memory runs out")
-    add("--lr", type=float, help="peak learning rate for this batch size. Per clip, the paper's "
-        "1e-4 for 16 is 20 times UniFormerV2's 4e-5 for 128: lower it if the loss diverges")
+    add("--lr", type=float, help="peak, for this batch size; lower it if the loss diverges")
     add("--min_lr", type=float, default=1e-6, help="where the cosine ends")
     add("--clip_lr_scale", type=float, default=1.0, help="factor on --lr for CLIP's parameters")
     add("--freeze_clip", action="store_true", help="train the stem and the new parameters only")
@@ -97,13 +96,16 @@ def get_args(argv=None):
     add("--compile", action="store_true", help="slow start, then faster; add --no-sync_bn")
     add("--checkpointing", action="store_true", help="less memory, about a third more time")
     add("--sync_bn", action=on_off, default=True, help="BatchNorm sees the clips of all GPUs")
-    add("--freeze_bn", action="store_true", help="BatchNorm keeps its running statistics")
     add("--log_every", type=int, default=20, help="steps between log lines; signals wait for one")
     add("--eval_every", type=int, default=1, help="epochs between validations")
     add("--save_minutes", type=float, default=10, help="time between two last.pt")
     add("--max_steps", type=int, help="stop after this step, as if interrupted")
     add("--dry_run", action="store_true", help="five steps, to see time and memory; keep nothing")
-    add_model_flags(p)
+    # model: one flag for each field of ModelConfig, except num_classes
+    add("--model", default="b16", choices=MODELS, help="size of the model")
+    for f in fields(ModelConfig)[1:]:
+        kind = {bool: dict(action=on_off), tuple: dict(type=int, nargs="*", metavar="LAYER")}
+        add(f"--{f.name}", help=f.metadata["help"], **kind.get(f.type, dict(type=f.type)))
 
     known, _ = p.parse_known_args(argv)
     own_weights = known.clip or known.init_from
@@ -113,25 +115,6 @@ def get_args(argv=None):
                    out_dir=f"out/{known.dataset}", **RECIPES[recipe])
     return p.parse_args(argv)
 
-
-def add_model_flags(parser):
-    """--model for the size, and one flag for each field of ModelConfig."""
-    parser.add_argument("--model", default="b16", choices=MODELS, help="size of the model")
-    for f in fields(ModelConfig)[1:]:                   # all but num_classes
-        kind = {bool: dict(action=argparse.BooleanOptionalAction),
-                tuple: dict(type=int, nargs="*", metavar="LAYER")}.get(f.type, dict(type=f.type))
-        if f.metadata["choices"]:
-            kind["choices"] = f.metadata["choices"]
-        parser.add_argument(f"--{f.name}", help=f.metadata["help"], **kind)
-
-
-def model_config(args, num_classes=174, base=None):
-    """The ModelConfig that the flags describe. base: fields of the model to start from."""
-    names = [f.name for f in fields(ModelConfig) if getattr(args, f.name, None) is not None]
-    flags = {name: getattr(args, name) for name in names}
-    return ModelConfig(**{**(base or MODELS[args.model]), **flags, "num_classes": num_classes})
-
-
 # ----- The parts of training ------------------------------------------------
 
 def get_lr(step, total, warmup, peak, floor=0.0):
@@ -140,7 +123,6 @@ def get_lr(step, total, warmup, peak, floor=0.0):
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(1, total - warmup)
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * done))
-
 
 def param_groups(model, weight_decay, clip_lr_scale=1.0):
     """AdamW's groups: (CLIP's parameters, new ones) x (matrices with decay, the rest without)."""
@@ -152,21 +134,19 @@ def param_groups(model, weight_decay, clip_lr_scale=1.0):
                  lr_scale=clip_lr_scale if from_clip else 1.0)
             for (from_clip, matrix), params in groups.items()]
 
-
 def make_datasets(args, config):
     common = dict(num_frames=config.num_frames, size=config.image_size, control=args.control,
-                  seed=args.seed, clip_root=args.clip_root,
-                  skip=data.read_skip_list(args.skip_list) if args.skip_list else ())
-    train = data.VideoDataset(args.dataset, args.data_root, "train", train=True, flip=args.flip,
+                  seed=args.seed, skip_list=args.skip_list, clip_root=args.clip_root)
+    val = data.VideoDataset(args.dataset, args.data_root, "validation", **common)
+    mirrored = mirror_labels(val.classes)[0] if args.flip else None
+    train = data.VideoDataset(args.dataset, args.data_root, "train", train=True, mirrored=mirrored,
                               scale=(args.crop_scale, 1.0), augment=args.randaugment, **common)
-    return train, data.VideoDataset(args.dataset, args.data_root, "validation", **common)
-
+    return train, val
 
 def step_batches(clips, batch_size, start, stop, seed, rank, world):
-    """Yield this rank's clips of each step, as a list of (epoch, index). clips: how many there are.
+    """Yield this rank's clips of each step, as a list of (epoch, index). clips: their number.
 
-    Each epoch is a new permutation, and its last, incomplete batch is dropped. The ranks split each
-    batch among themselves. A resumed run starts at its own step.
+    Each epoch is a new permutation, without its last, incomplete batch. The ranks share each batch.
     """
     for step in range(start, stop):
         epoch, i = divmod(step, clips // batch_size)
@@ -174,7 +154,6 @@ def step_batches(clips, batch_size, start, stop, seed, rank, world):
             order = np.random.default_rng([seed, epoch]).permutation(clips)
         batch = order[i * batch_size:(i + 1) * batch_size]
         yield [(epoch, int(index)) for index in batch[rank::world]]
-
 
 def init_from(model, checkpoint, path, classes):
     """Take the weights of another run. Positions are resized, a head for other classes is new."""
@@ -185,106 +164,57 @@ def init_from(model, checkpoint, path, classes):
     require_same_shapes(f"--init_from {path}", state, own)
     model.load_state_dict(state)
 
-
 def check_resume(checkpoint, **now):
-    """ValueError if a resumed run would not be the run that was stopped."""
-    old = {**now, **checkpoint["args"], "classes": checkpoint["classes"],
-           "clips": checkpoint["clips"]}                # a flag added since counts as unchanged
-    different = [f"{k} was {str(old[k])[:60]}, is {str(v)[:60]}" for k, v in now.items()
-                 if k not in FREE and old[k] != v]
-    if different:
-        raise ValueError("--resume needs the same run: " + "; ".join(different))
-
-
-def save_checkpoint(path, checkpoint):
-    """Write another file first, then rename it: a crash leaves the old checkpoint as it was."""
-    torch.save(checkpoint, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
-
-
-def cut_log(path, step):
-    """Drop the log's rows that a run resumed at this step writes again, and a row cut in half."""
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    rows = [(json.loads(line), line) for line in lines if line.endswith("}\n")]
-    last = {"train": step, "eval": step - 1}            # a resumed run begins with the validation
-    path.write_text("".join(line for row, line in rows if row["step"] <= last[row["kind"]]))
-
-
-def print_mirrored(dataset):
-    """Say which labels a mirrored clip swaps, and which it may wrongly keep."""
-    names, mirrored = dataset.classes, dataset.mirrored
-    pairs = [f"{names[i]!r} and {names[j]!r}" for i, j in enumerate(mirrored) if i < j]
-    none = "none; --no-flip if a class is the mirror image of another"
-    print("  flips swap these labels:", "; ".join(pairs) or none)
-    if dataset.without_partner:
-        alone = ", ".join(map(repr, dataset.without_partner))
-        print(f"  flips keep these labels, which name a side; --no-flip if that is wrong: {alone}")
-
+    """ValueError if this is not the run that was stopped. A newer flag counts as unchanged."""
+    before = {**now, **checkpoint["args"], **{k: checkpoint[k] for k in ("classes", "clips")}}
+    changed = [f"{name} was {str(before[name])[:60]}, is {str(value)[:60]}"
+               for name, value in now.items() if name not in FREE and before[name] != value]
+    if changed:
+        raise ValueError("--resume needs the same run: " + "; ".join(changed))
 
 def train_step(forward, model, video, label, optimizer, scaler, args, micro):
     """Forward, backward and update for one batch, `micro` clips at a time.
 
-    video: (B, 3, F, S, S), label: (B,) or (B, classes) -> loss and gradient norm, 0-d tensors
+    video: (B, 3, F, S, S), label: (B,) or (B, classes) -> loss and gradient norm, (2,)
     """
     model.train()
-    for m in model.modules():
-        if args.freeze_bn and isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm)):
-            m.eval()
     total_loss = torch.zeros((), device=video.device)
     for i in range(0, len(video), micro):
         # DDP averages gradients over the processes. Once a step is enough, with the last clips.
-        wait = isinstance(forward, DDP) and i + micro < len(video)
-        with forward.no_sync() if wait else nullcontext():
-            with autocast(video.device, args.precision):
-                logits = forward(video[i:i + micro])
-            loss = F.cross_entropy(logits.float(), label[i:i + micro],
-                                   label_smoothing=args.label_smoothing) * (micro / len(video))
-            scaler.scale(loss).backward()
+        if isinstance(forward, DDP):
+            forward.require_backward_grad_sync = i + micro >= len(video)
+        with autocast(video.device, args.precision):
+            logits = forward(video[i:i + micro])
+        loss = F.cross_entropy(logits.float(), label[i:i + micro],
+                               label_smoothing=args.label_smoothing) * (micro / len(video))
+        scaler.scale(loss).backward()
         total_loss += loss.detach()
     scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
     scaler.step(optimizer)                              # in fp16, leaves out a step that overflows
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return total_loss, grad_norm
-
-
-def gather_window(window, signals, world, device):
-    """Losses and gradient norms of the last steps, over all processes, and whether to stop."""
-    stats = torch.stack([torch.stack(pair) for pair in window])                 # (steps, 2)
-    stopping = torch.tensor(float(len(signals)), device=device)
-    if world > 1:
-        dist.all_reduce(stats)
-        dist.all_reduce(stopping)
-    losses, norms = (stats / world).T.tolist()
-    return losses, norms, stopping.item() > 0
-
+    return torch.stack([total_loss, grad_norm])
 
 # ----- The run --------------------------------------------------------------
 
 def main(argv=None):
     args = get_args(argv)
-
     # processes, device, precision
     rank, world = setup_processes(args.device)
     device = pick_device(args.device)
     master = rank == 0                                  # this process prints and writes files
-    if device.type == "cpu" and world > 1:
-        torch.set_num_threads(cores_per_process())      # torchrun sets one
     torch.set_float32_matmul_precision("high")          # TF32
     if args.precision == "auto":
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         args.precision = "bf16" if bf16 else "fp16" if device.type == "cuda" else "fp32"
-    local_batch = args.batch_size // world
-    micro = args.micro_batch or local_batch
-    if args.batch_size % world or local_batch % micro:
-        raise ValueError(f"--batch_size {args.batch_size} must be a multiple of the {world} "
-                         f"processes, and --micro_batch {micro} must divide each one's share")
-    if local_batch == 1 and (args.mixup or args.cutmix):
-        raise ValueError("--mixup and --cutmix need two clips per process: switch them off with 0")
+    micro = args.micro_batch or max(1, args.batch_size // world)
+    if args.batch_size % (world * micro):
+        raise ValueError(f"--batch_size {args.batch_size} must be a multiple of {world} processes "
+                         f"x --micro_batch {micro}")
 
     # output folder
-    out_dir, last = Path(args.out_dir), Path(args.out_dir, "last.pt")
+    out_dir, last, log_file = (Path(args.out_dir, f) for f in ("", "last.pt", "log.jsonl"))
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     resume = args.resume or (restarted and last.is_file())
     writes = master and not args.dry_run
@@ -295,7 +225,6 @@ def main(argv=None):
 
     # data
     if args.dataset == "toy" and master:
-        from scripts.toy_data import make_toy
         make_toy(args.data_root)
     if world > 1:
         dist.barrier()
@@ -306,13 +235,12 @@ def main(argv=None):
     classes, clips = train_set.classes, len(train_set)
     config.num_classes = len(classes)
     steps_per_epoch = clips // args.batch_size
-    if steps_per_epoch == 0:
-        raise ValueError(f"--batch_size {args.batch_size} is more than the {clips} clips")
-    if len(val_set) == 0:
-        raise ValueError(f"the validation split of --data_root {args.data_root} holds no clips")
+    if steps_per_epoch == 0 or len(val_set) == 0:
+        raise ValueError(f"{clips} training and {len(val_set)} validation clips are too few for "
+                         f"--batch_size {args.batch_size}, or --data_root is wrong")
     total, warmup = args.epochs * steps_per_epoch, round(args.warmup_epochs * steps_per_epoch)
 
-    # model and weights
+    # model, weights, optimizer
     torch.manual_seed(args.seed)
     model = STDFormer(config)
     step, best = 0, -1.0
@@ -323,8 +251,7 @@ def main(argv=None):
     elif args.init_from:
         init_from(model, checkpoint, args.init_from, classes)
     elif args.clip != "none" and master:                # DDP sends rank 0's weights to the others
-        loaded, new = load_clip(model, args.clip)
-        print(f"CLIP weights from {args.clip}: {loaded} tensors loaded, {new} new")
+        print("CLIP weights: {} tensors loaded, {} new".format(*load_clip(model, args.clip)))
     for name, p in model.named_parameters():
         frozen = is_clip_parameter(name) and name != "conv1.weight"     # it must learn from motion
         p.requires_grad = not (args.freeze_clip and frozen)
@@ -332,16 +259,12 @@ def main(argv=None):
     model.to(device)
     if world > 1 and device.type == "cuda" and args.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-
-    # optimizer
-    groups = param_groups(model, args.weight_decay, args.clip_lr_scale)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=device.type != "mps")
+    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay, args.clip_lr_scale),
+                                  fused=device.type != "mps")
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     if resume:
         optimizer.load_state_dict(checkpoint["optimizer"])
-        if checkpoint["scaler"]:                        # {} if the run was not in fp16 so far
-            scaler.load_state_dict(checkpoint["scaler"])
-    del checkpoint
+        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())     # {}: not in fp16
 
     # what training calls; `model` stays the plain one, for checkpoints and evaluation
     forward = torch.compile(model) if args.compile else model
@@ -349,8 +272,7 @@ def main(argv=None):
         for m in model.modules():                       # or DDP warns of their gradients' strides
             if isinstance(m, nn.Conv2d) and m.groups > 1:
                 m.to(memory_format=torch.channels_last)
-        forward = DDP(forward, device_ids=[device] if device.type == "cuda" else None,
-                      gradient_as_bucket_view=True)
+        forward = DDP(forward, gradient_as_bucket_view=True)
 
     # batches; MixUp and CutMix mix the clips of one process, and each step takes one of the two
     stop_at = min(total, step + 5 if args.dry_run else args.max_steps or total)
@@ -359,32 +281,35 @@ def main(argv=None):
     mixes = [v2.MixUp(alpha=args.mixup, num_classes=len(classes))] if args.mixup else []
     mixes += [v2.CutMix(alpha=args.cutmix, num_classes=len(classes))] if args.cutmix else []
 
-    if writes:
+    # files and the first lines on the screen
+    if writes:                                          # a resumed run writes its last rows again
+        rows = log_file.read_bytes() if resume and log_file.is_file() else b""
+        end = rows.rfind(b"\n", 0, checkpoint.get("log_bytes")) + 1
+        log_file.write_bytes(rows[:end])
         described = dict(args=vars(args), model_config=asdict(config))
         Path(out_dir, "config.json").write_text(json.dumps(described, indent=1) + "\n")
-        cut_log(Path(out_dir, "log.jsonl"), step)
     if master:
-        print(f"{args.dataset}: {clips} training and {len(val_set)} validation clips, "
-              f"{len(classes)} classes; skipped: {train_set.skipped} and {val_set.skipped}")
-        if args.flip:
-            print_mirrored(train_set)
-        parameters = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"{config.depth} layers of width {config.dim}, {parameters:.2f} M parameters, "
-              f"{args.precision} on {device.type}; {args.batch_size} clips per step = {world} "
-              f"processes x {local_batch // micro} x {micro}, at lr {args.lr}")
+        print_run(args, train_set, val_set, model, world, micro)
+    del checkpoint
 
     def save(name):
-        if writes:
-            save_checkpoint(Path(out_dir, name), dict(
-                model=model.state_dict(), optimizer=optimizer.state_dict(),
-                scaler=scaler.state_dict(), step=step, epoch=step // steps_per_epoch,
-                step_in_epoch=step % steps_per_epoch, best=best, classes=classes, clips=clips,
-                model_config=asdict(config), mean=data.CLIP_MEAN, std=data.CLIP_STD,
-                args=vars(args)))
+        """Write another file first, then rename it: a crash leaves the old checkpoint as it was."""
+        if not writes:
+            return
+        torch.save(dict(
+            model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+            step=step, epoch=step // steps_per_epoch, step_in_epoch=step % steps_per_epoch,
+            best=best, classes=classes, clips=clips, log_bytes=log_file.stat().st_size,
+            model_config=asdict(config), mean=data.CLIP_MEAN, std=data.CLIP_STD, args=vars(args),
+        ), out_dir / f"{name}.tmp")
+        os.replace(out_dir / f"{name}.tmp", out_dir / name)
 
-    def log(**row):
+    def log(line, **row):
+        """Print a row in this form, and write it to log.jsonl."""
+        if master:
+            print(line.format(total=total, **row))
         if writes:
-            with open(Path(out_dir, "log.jsonl"), "a") as f:
+            with open(log_file, "a") as f:
                 f.write(json.dumps(row) + "\n")
 
     # Slurm and torchrun stop a job with SIGTERM: go on to the next log line, save, leave.
@@ -404,16 +329,13 @@ def main(argv=None):
                     dist.broadcast(buffer, 0)
             result = evaluate(model, val_set, device, rank, world, 4 * micro, args.workers,
                               args.timeout, args.precision)
-            if master:
-                row = {k: v for k, v in result.items() if k != "probabilities"}
-                log(kind="eval", step=step, epoch=epoch, **row)
-                if row["top1"] > best:
-                    best = row["top1"]
-                    save("best.pt")
-                print(f"epoch {epoch:3d}  validation, one centre view: top1 {row['top1']:.2f} "
-                      f"top5 {row['top5']:.2f} loss {row['loss']:.4f} clips {row['clips']}  "
-                      f"best {best:.2f}")
-                from scripts.plots import draw_curves
+            del result["probabilities"]
+            log("epoch {epoch}  validation, one centre view: top1 {top1:.2f} top5 {top5:.2f} "
+                "loss {loss:.4f} clips {clips}", kind="eval", step=step, epoch=epoch, **result)
+            if result["top1"] > best:
+                best = result["top1"]
+                save("best.pt")
+            if writes:
                 draw_curves(out_dir)
             start = time.time()
         if stopped or step >= stop_at:
@@ -442,41 +364,37 @@ def main(argv=None):
             continue
 
         # All processes learn here of a signal or a broken loss, so that they leave together.
-        losses, norms, stopped = gather_window(window, signals, world, device)
-        loss, norm = sum(losses) / len(losses), norms[-1]
-        skipped = sum(not math.isfinite(n) for n in norms)              # by the scaler, in fp16
+        stats = torch.stack([*window, torch.tensor([len(signals), 0.0], device=device)])
+        if world > 1:
+            dist.all_reduce(stats)
+        *stats, (stopped, _) = (stats / world).tolist()
+        losses, norms = zip(*stats)
+        loss, finite = sum(losses) / len(losses), [n for n in norms if math.isfinite(n)]
+        skipped = len(norms) - len(finite)              # by the scaler, in fp16
         if not math.isfinite(loss) or (skipped and not scaler.is_enabled()):
-            raise FloatingPointError(f"loss {loss}, gradient norm {norm} up to step {step}, at lr "
-                                     f"{lr:.2e}; last.pt holds an earlier step. Lower --lr or "
-                                     "lengthen --warmup_epochs")
+            raise FloatingPointError(f"loss {loss}, gradient norm {norms[-1]} up to step {step} at "
+                                     f"lr {lr:.2e}: lower --lr or lengthen --warmup_epochs")
         seconds = time.time() - start
-        row = dict(epoch=round(step / steps_per_epoch, 4), step=step, loss=loss, lr=lr,
-                   grad_norm=norm if math.isfinite(norm) else None, skipped=skipped,
-                   clips_per_s=len(window) * args.batch_size / seconds, data_wait=waited / seconds)
-        if device.type == "cuda":
-            row["memory_gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
-        log(kind="train", **row)
-        if master:
-            print(f"epoch {row['epoch']:6.2f}  step {step}/{total}  loss {loss:.4f}  lr {lr:.2e}  "
-                  f"grad {norm:.2f}  {row['clips_per_s']:.3g} clips/s  data {row['data_wait']:.0%}"
-                  + (f"  {row['memory_gib']:.1f} GiB" if "memory_gib" in row else ""))
+        log("epoch {epoch:6.2f}  step {step}/{total}  loss {loss:.4f}  lr {lr:.2e}  grad "
+            "{grad_norm:.2f}  {clips_per_s:.3g} clips/s  data {data_wait:.0%}"
+            + ("  {memory_gib:.1f} GiB" if device.type == "cuda" else ""),
+            kind="train", step=step, epoch=round(step / steps_per_epoch, 4), loss=loss, lr=lr,
+            grad_norm=finite[-1] if finite else 0.0, skipped=skipped, data_wait=waited / seconds,
+            clips_per_s=len(window) * args.batch_size / seconds,
+            memory_gib=torch.cuda.max_memory_allocated() / 2 ** 30)
         if epoch_end or stopped or step == stop_at or time.time() - saved > 60 * args.save_minutes:
             save("last.pt")
             saved = time.time()
         start, waited, window = time.time(), 0.0, []
 
     # ===== the end =====
-    if args.dry_run and master:
-        print("dry run: nothing was kept")
-    elif master and (stopped or step < total):
-        print(f"stopped after step {step} of {total}; the same command with --resume goes on")
-    elif master:
-        save("last.pt")                                 # with the last validation in it
-        print(f"done: best top1 {best:.2f}. Three crops: python evaluate.py --ckpt "
-              f"{out_dir / 'best.pt'}")
+    end = f"stopped after step {step} of {total}; the same command with --resume goes on"
+    if step == total and not stopped:
+        end = f"done: best top1 {best:.2f}. 3 crops: python evaluate.py --ckpt {out_dir}/best.pt"
+    if master:
+        print("dry run: nothing was kept" if args.dry_run else end)
     if world > 1:
         dist.destroy_process_group()
-
 
 if __name__ == "__main__":
     run_program(main)

@@ -32,10 +32,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data
-from model import MODELS, STDFormer
+from model import MODELS, STDFormer, model_config
 from scripts.describe import count_macs, video_of
 from scripts.variants import VARIANTS
-from train import get_args, model_config
+from train import get_args
 
 # ----- The rows of the paper's tables ---------------------------------------
 

@@ -32,9 +32,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
-from evaluate import autocast, pick_device, run_program
+from evaluate import autocast, pick_device
 from model import MODELS, Block, build_model
 from scripts.describe import count_macs
+from scripts.output import run_program
 from scripts.variants import FrameViT
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -406,7 +407,7 @@ def pipeline(args):
     torch.set_num_threads(1)                    # as in a data worker
     size, F_ = args.image_size or 224, args.num_frames or 16
     rng = np.random.default_rng(0)
-    plain, augmented = data.TrainTransform(size), data.TrainTransform(size, magnitude=21)
+    plain, augmented = data.train_transform(size), data.train_transform(size, magnitude=21)
 
     def choose(n):
         return data.sample_indices(n, F_, rng)

@@ -33,8 +33,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
-from evaluate import cores_per_process, load_checkpoint, run_program
-from train import get_args, make_datasets, model_config
+from evaluate import cores_per_process
+from model import load_checkpoint, model_config
+from scripts.output import run_program
+from train import get_args, make_datasets
 
 # ----- The structure of video files -----------------------------------------
 
@@ -285,7 +287,7 @@ def read_splits(dataset, root, clip_root):
     splits = {}
     for split in ("train", "validation", "test"):
         try:
-            data.read_annotations(dataset, root, split, clip_root)
+            data.read_annotations(dataset, root, split)
         except FileNotFoundError as e:
             print(f"{split}: left out, as {e}")
             continue

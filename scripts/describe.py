@@ -1,9 +1,8 @@
 """Print what a model consists of: parameters, GMACs and shapes of each kind of module.
 
     python scripts/describe.py --model b16
-    python scripts/describe.py --model tiny --image_size 48 --smem_t_layers # any flag of a model
+    python scripts/describe.py --model tiny --image_size 48 --smem_t_layers     # train.py's flags
 """
-import argparse
 import copy
 import sys
 from dataclasses import asdict
@@ -14,9 +13,9 @@ import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from evaluate import run_program
-from model import STDFormer
-from train import add_model_flags, model_config
+from model import STDFormer, model_config
+from scripts.output import run_program
+from train import get_args
 
 # ----- Counting -------------------------------------------------------------
 
@@ -88,10 +87,8 @@ def describe(model):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_model_flags(p)
-    args = p.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args = get_args(["--recipe", "toy", "--model", "b16", *words])       # no dropout
     c = model_config(args)
     with torch.device("meta"):                  # shapes only: nothing is allocated or computed
         model = STDFormer(c)

@@ -131,7 +131,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.ckpt:
         import torch
-        from evaluate import load_checkpoint
+        from model import load_checkpoint
         torch.save(shrink(load_checkpoint(args.ckpt)), DOCS / "toy48.pt")
     path = DOCS / "walkthrough.md"
     text = run_text(path.read_text(encoding="utf-8"))

@@ -31,6 +31,10 @@ Other readings of the paper (docs/readings.md). These are STD-Former with a modu
     smem_unit_relu   both
     head_fused       the head gets y and the ST-branch's class token, mixed by a learned gate, as in
                      UniFormerV2 ("features from both branches", says the paper's conclusion)
+
+A choice of training.
+
+    bn_frozen        BatchNorm keeps its running statistics, which suits very few clips per step
 """
 import copy
 import sys
@@ -48,6 +52,7 @@ import model
 import train
 from model import (CPE, CTM, DPE, MLP, PTM, SMEM, STDM, Attention, Block, PTMConv, STDFormer,
                    conv_tokens, zero_output)
+from scripts.output import run_program
 
 # ----- Other architectures --------------------------------------------------
 
@@ -322,6 +327,17 @@ class UnitReluSMEM(UnitSMEM):
         return super().correlation(f).relu()
 
 
+class FrozenBNFormer(STDFormer):
+    """BatchNorm keeps its running statistics. So the clips of a step do not affect each other."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+                module.eval()
+        return self
+
+
 class FusedFormer(STDFormer):
     """The head gets g * y + (1 - g) * class token, both averaged, with a learned g per channel."""
 
@@ -379,6 +395,7 @@ VARIANTS = {
     "smem_relu": variant("smem_relu", ReluSMEM),
     "smem_unit_relu": variant("smem_unit_relu", UnitReluSMEM),
     "head_fused": variant("head_fused", base=FusedFormer),
+    "bn_frozen": variant("bn_frozen", base=FrozenBNFormer),
 }
 
 
@@ -410,4 +427,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    evaluate.run_program(lambda: main(sys.argv[1:]))
+    run_program(lambda: main(sys.argv[1:]))

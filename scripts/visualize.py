@@ -34,8 +34,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data
-from evaluate import load_checkpoint, pick_device, predict, run_program
-from model import PTM, ModelConfig, STDFormer
+from evaluate import pick_device, predict
+from model import PTM, ModelConfig, STDFormer, load_checkpoint
+from scripts.output import run_program
 from scripts.toy_data import TOY_CLASSES, toy_render, toy_scene
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
@@ -86,7 +87,7 @@ def read_frames(path, num_frames, size):
     indices = []
 
     def choose(n):
-        indices.extend(data.eval_indices(n, num_frames).tolist())
+        indices.extend(data.sample_indices(n, num_frames).tolist())
         return np.array(indices)
 
     video = data.eval_views(data.read_clip(path, choose), num_frames, size)[0]
@@ -786,7 +787,8 @@ def get_args(argv=None):
 def find_path(args, trained):
     """Path and title of the clip that the flags ask for. trained: the flags of training."""
     if args.video:
-        path = data.find_clip(".", args.video)
+        path = Path(args.video).absolute()
+        path = data.find_clip(path.parent, path.name)
         return path, path.name
     dataset = args.dataset or trained["dataset"]
     root, clip_root = args.data_root, args.clip_root

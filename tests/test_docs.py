@@ -133,9 +133,9 @@ def commands(text):
 def known_flags(program):
     source = (ROOT / program).read_text(encoding="utf-8")
     flags = set(re.findall(r'"--(\w+)"', source)) | {"help"}
-    if "add_model_flags" in source:
-        flags |= {"model", *model.ModelConfig.__dataclass_fields__}
-    if program in ("scripts/variants.py", "scripts/ablate.py"):         # they pass flags on
+    if program == "train.py":
+        flags |= {*model.ModelConfig.__dataclass_fields__}
+    if program in ("scripts/variants.py", "scripts/ablate.py", "scripts/describe.py"):
         flags |= known_flags("train.py") | known_flags("evaluate.py")
     return flags
 
@@ -152,7 +152,7 @@ def test_commands_of_the_lesson_are_accepted():
     parsed = 0
     for program, words in commands(LESSON):
         if program == "train.py":
-            train.model_config(train.get_args(words))
+            model.model_config(train.get_args(words))
             parsed += 1
         if program == "evaluate.py":
             evaluate.get_args(words)
@@ -165,7 +165,7 @@ def test_commands_of_the_lesson_are_accepted():
 def test_lesson_model_is_small():
     path = DOCS / "toy48.pt"
     assert path.stat().st_size < 2e6
-    checkpoint = evaluate.load_checkpoint(path)
+    checkpoint = model.load_checkpoint(path)
     assert "optimizer" not in checkpoint and not os.path.isabs(checkpoint["args"]["data_root"])
     for name, tensor in checkpoint["model"].items():
         assert tensor.dtype != torch.float32 or "running" in name
@@ -180,7 +180,7 @@ def test_evaluate_accepts_the_lesson_model(tmp_path, capsys):
 
 
 def test_notebook_script_shrinks_a_checkpoint(tmp_path):
-    checkpoint = evaluate.load_checkpoint(DOCS / "toy48.pt")
+    checkpoint = model.load_checkpoint(DOCS / "toy48.pt")
     checkpoint["model"]["head.bias"] = checkpoint["model"]["head.bias"].float()
     checkpoint["optimizer"] = {}
     large = torch.tensor([1e5])                         # more than float16 can hold

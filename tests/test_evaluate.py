@@ -25,6 +25,7 @@ import data
 import evaluate
 from conftest import ROOT, SMALL_MODEL, run_two_ranks
 from model import build_model
+from scripts import output
 
 CLASSES = ["Closing something", "Moving something, then dropping it", "Opening something"]
 LAST_LINE = re.compile(r"top1 (\d+\.\d\d) top5 (\d+\.\d\d) clips (\d+) views (\d+x\d+x\d+)")
@@ -161,8 +162,8 @@ def test_top1_and_top5_by_hand():
     )
     assert (result["top1"], result["top5"], result["clips"]) == (50, 75, 4)
     assert (
-        evaluate.top5(result["probabilities"][0], "abc")[0][0] == "c"
-        and len(evaluate.top5(result["probabilities"][0], "abc")) == 3
+        output.top5(result["probabilities"][0], "abc")[0][0] == "c"
+        and len(output.top5(result["probabilities"][0], "abc")) == 3
     )
 
 
@@ -264,14 +265,17 @@ def test_more_ranks_than_clips_still_count_each_once(clips, monkeypatch):
     collected = {}
     for rank in reversed(range(9)):
 
-        def gather(parts, all_parts, rank=rank):
+        def gather(all_parts, parts, rank=rank):
             collected[rank] = parts
-            if rank == 0:
-                all_parts[:] = [collected[r] for r in range(9)]
+            all_parts[:] = [collected.get(r, []) for r in range(9)]
+            if rank > 0:
+                raise StopIteration                     # the others are not there yet
 
-        monkeypatch.setattr(evaluate, "dist", SimpleNamespace(gather_object=gather))
-        result = evaluate.evaluate(model, dataset, cpu, rank=rank, world=9)
-        assert (result is None) == (rank > 0)
+        monkeypatch.setattr(evaluate, "dist", SimpleNamespace(all_gather_object=gather))
+        if rank > 0:
+            with pytest.raises(StopIteration):
+                evaluate.evaluate(model, dataset, cpu, rank=rank, world=9)
+    result = evaluate.evaluate(model, dataset, cpu, rank=0, world=9)
     assert collected[8] == [] and len(collected[6]) == 1
     alone = evaluate.evaluate(model, dataset, cpu)
     assert result["clips"] == 7 and torch.allclose(
@@ -389,7 +393,7 @@ def test_a_foreign_checkpoint_is_one_clear_error(tmp_path, monkeypatch, kind):
 @pytest.fixture
 def no_workers(monkeypatch):
     """run_program kills the data workers of its process, which may be another test's."""
-    monkeypatch.setattr(evaluate.multiprocessing, "active_children", list)
+    monkeypatch.setattr(output.multiprocessing, "active_children", list)
 
 
 @pytest.mark.parametrize("kind", (ValueError, OSError, FloatingPointError))
@@ -398,7 +402,7 @@ def test_what_a_person_can_mend_is_one_line(kind, no_workers):
         raise kind("clip 7 is broken")
 
     with pytest.raises(SystemExit) as e:
-        evaluate.run_program(main)
+        output.run_program(main)
     assert str(e.value).endswith(": clip 7 is broken") and "\n" not in str(e.value)
 
 
@@ -429,7 +433,7 @@ def test_a_runtime_error_keeps_its_traceback_and_gets_its_remedy(text, remedy, c
         raise RuntimeError(text)
 
     with pytest.raises(RuntimeError) as e:
-        evaluate.run_program(main)
+        output.run_program(main)
     assert str(e.value) == text
     printed = capsys.readouterr().err
     assert remedy in printed if remedy else not printed.strip()
@@ -441,6 +445,7 @@ def test_after_an_error_pytorch_does_not_report_the_workers_that_are_killed(tmp_
         "import sys, time, torch\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         "import evaluate\n"
+        "from scripts import output\n"
         "class Items(torch.utils.data.Dataset):\n"
         "    def __len__(self): return 8\n"
         "    def __getitem__(self, i):\n"
@@ -448,7 +453,7 @@ def test_after_an_error_pytorch_does_not_report_the_workers_that_are_killed(tmp_
         "        time.sleep(60)\n"
         "def main():\n"
         "    list(evaluate.make_loader(Items(), 2, 50, torch.device('cpu'), batch_size=1))\n"
-        "evaluate.run_program(main)\n"
+        "output.run_program(main)\n"
     )
     done = subprocess.run(
         [sys.executable, tmp_path / "broken.py"], stderr=subprocess.PIPE, text=True, timeout=300

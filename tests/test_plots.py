@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluate import run_program, save_predictions
+from scripts.output import run_program, save_predictions
 from scripts import plots
 
 CLASSES = ["Closing", "Opening, then closing", "Opening"]

@@ -17,6 +17,7 @@ from PIL import Image
 import data
 from conftest import ROOT
 from scripts import toy_data
+from scripts.mirror_labels import mirror_labels
 from scripts.toy_data import TOY_CLASSES, make_toy, toy_clip, toy_render
 
 ALL_CLASSES = sorted(sum(TOY_CLASSES, ()))
@@ -236,7 +237,7 @@ def test_a_mirrored_toy_clip_is_one_of_the_mirrored_class(motion, difficulty, mo
 
     # ... and its states move as those of the class that mirror_labels gives (its scenes, or their
     # reversal)
-    labels, _ = data.mirror_labels(ALL_CLASSES)
+    labels, _ = mirror_labels(ALL_CLASSES)
     for backward in (0, 1):
         partner = ALL_CLASSES[labels[ALL_CLASSES.index(TOY_CLASSES[motion][backward])]]
         motion2 = next(m for m, pair in enumerate(TOY_CLASSES) if partner in pair)

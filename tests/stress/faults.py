@@ -26,7 +26,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
-from evaluate import load_checkpoint
+from model import load_checkpoint
 from scripts.toy_data import make_toy
 
 EPOCH = 8                                               # steps

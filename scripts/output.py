@@ -1,0 +1,84 @@
+"""What a person sees of train.py, evaluate.py and the scripts: first lines, predictions, errors."""
+import csv
+import multiprocessing
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from scripts.mirror_labels import mirror_labels
+
+REMEDIES = {"shared memory": "give the container more with --shm-size=8g, or take fewer --workers",
+            "DataLoader": "scripts/check_data.py finds clips that crash or hang the decoder",
+            "out of memory": "lower --batch_size, or train with --checkpointing or --micro_batch"}
+
+
+def run_program(main):
+    """Run a command. An error that its user can fix is one line, others keep their traceback."""
+    sys.stdout.reconfigure(errors="replace")    # class names that the terminal cannot show
+    try:
+        main()
+    except (ValueError, OSError, FloatingPointError) as e:
+        sys.exit(f"{Path(sys.argv[0]).name}: {e}")
+    except RuntimeError as e:
+        text = f"{e} {e.__cause__}"
+        for word, remedy in REMEDIES.items():           # "Caught ...": Python code in a worker
+            if word in text and (word == "shared memory" or "Caught" not in text):
+                print(f"To fix this, {remedy}.", file=sys.stderr)
+                break
+        raise
+    finally:
+        if hasattr(signal, "SIGCHLD"):          # or PyTorch reports the workers that we kill
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in multiprocessing.active_children():
+            worker.kill()                       # they ignore SIGTERM, and one may hang
+
+
+def print_run(args, train_set, val_set, model, world, micro):
+    """The first lines of a training: data, labels that flips change, model, batches.
+
+    world: number of processes, micro: clips of a forward pass
+    """
+    names = train_set.classes
+    print(f"{args.dataset}: {len(train_set)} training and {len(val_set)} validation clips, "
+          f"{len(names)} classes; skipped: {train_set.skipped} and {val_set.skipped}")
+    if args.flip:
+        mirrored, alone = mirror_labels(names)
+        pairs = [f"{names[i]!r} and {names[j]!r}" for i, j in enumerate(mirrored) if i < j]
+        none = "none; --no-flip if a class is the mirror image of another"
+        print("  flips swap these labels:", "; ".join(pairs) or none)
+        if alone:
+            print("  flips keep these labels, which name a side; --no-flip if that is wrong:",
+                  ", ".join(map(repr, alone)))
+    config, device = model.config, next(model.parameters()).device.type
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{config.depth} layers of width {config.dim}, {parameters:.2f} M parameters, "
+          f"{args.precision} on {device}; {args.batch_size} clips per step = {world} processes "
+          f"x {args.batch_size // (world * micro)} x {micro}, at lr {args.lr}")
+    if args.batch_size == world and (args.mixup or args.cutmix):
+        print("  MixUp and CutMix do nothing: they mix the clips of a process, and each has one")
+
+
+def top5(probabilities, classes):
+    """[(name, probability)] of the five most likely classes. probabilities: (classes,)"""
+    top = probabilities.topk(min(5, len(classes)))
+    return [(classes[i], p) for p, i in zip(top.values.tolist(), top.indices.tolist())]
+
+
+def print_top5(path, probabilities, classes):
+    print(path)
+    for name, p in top5(probabilities, classes):
+        print(f"  {100 * p:6.2f} %  {name}")
+
+
+def save_predictions(path, ids, labels, probabilities, classes):
+    """FILE.csv: id, true class (empty if unknown) and the top 5. FILE.npz: all probabilities."""
+    if path.endswith(".npz"):
+        np.savez(path, ids=ids, labels=labels, probabilities=probabilities, classes=classes)
+        return
+    with open(path, "w", newline="", encoding="utf-8") as f:
+        f.write("id,label,top1,p1,top2,p2,top3,p3,top4,p4,top5,p5\r\n")
+        for clip, label, p in zip(ids, labels, probabilities):
+            pairs = [x for name, q in top5(p, classes) for x in (name, f"{q:.5f}")]
+            csv.writer(f).writerow([clip, classes[label] if label >= 0 else "", *pairs])
