@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode, v2
-from torchvision.transforms.v2 import functional as TF
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)         # RGB, for values in [0, 1]
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -37,16 +36,16 @@ VIDEOS = (".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".wm
 # ----- Annotations ----------------------------------------------------------
 
 def find_file(root, *patterns):
-    """The first file that matches one of these patterns, in `root` or in `root`/labels."""
+    """The first file or folder that matches a pattern, in `root` or in `root`/labels."""
     for pattern in patterns:
         for path in [*sorted(Path(root).glob(pattern)), *Path(root, "labels").glob(pattern)]:
             return path
-    raise FileNotFoundError(f"{root} holds no {' or '.join(patterns)}; give its place with "
-                            "--data_root (layouts: see the top of data.py)")
+    raise FileNotFoundError(f"{root} holds no {' or '.join(patterns)}; give the folder around that "
+                            "as --data_root or --clip_root (layouts: see the top of data.py)")
 
 def read_lines(path):
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()     # without a BOM
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()     # drops a BOM
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not UTF-8 text, save it as such: {e}") from e
     return [line.strip() for line in lines if line.strip()]
@@ -56,9 +55,8 @@ def clean(name):
     return " ".join(re.sub(r"[\[\]]", "", name).split())
 
 def read_ssv1(root, split):
-    path = find_file(root, f"*-v1-{split}.csv")
-    rows = [line.split(";", 1) for line in read_lines(path)]
-    return path, rows, read_lines(find_file(root, "*-v1-labels.csv"))
+    path, labels = (find_file(root, f"*-v1-{name}.csv") for name in (split, "labels"))
+    return path, [line.split(";", 1) for line in read_lines(path)], read_lines(labels)
 
 def read_ssv2(root, split):
     path = find_file(root, f"something-something-v2-{split}.json", f"{split}.json")
@@ -71,23 +69,23 @@ def read_ssv2(root, split):
     return path, rows, json.loads(labels.read_text(encoding="utf-8-sig"))
 
 def read_folder(root, split):
-    """Class folders, or a list. The classes are those of the training split."""
+    """Class folders, or else a list. The classes are those of the training split."""
     names = ("validation", "val") if split == "validation" else (split,)
     path = find_file(root, *(name + end for end in ("/", ".csv", ".txt") for name in names))
     rows = read_list(path) if path.is_file() else list_class_folders(root, path)
     train_rows = rows if split == "train" else read_folder(root, "train")[1]
-    return path, rows, [name for _, *names in train_rows for name in names]
+    return path, rows, [label for _, *labels in train_rows for label in labels]
 
 def list_class_folders(root, path):
     """Videos, and folders of frames. The first folder below `path` is the class."""
     files = glob.glob("**/*.*", root_dir=path, recursive=True)          # leaves out hidden ones
     videos = {file for file in files if file.lower().endswith(VIDEOS)}
     frames = {os.path.dirname(file) for file in files if file.lower().endswith(IMAGES)}
-    clips = videos | frames - {os.path.dirname(video) for video in videos}
+    clips = videos | (frames - {os.path.dirname(video) for video in videos})
     return sorted((f"{path.name}/{clip}", *Path(clip).parts[:-1][:1]) for clip in clips)
 
 def read_list(path):
-    """Lines "path label". A classes.txt beside it names the labels that are numbers."""
+    """Lines "path label". If classes.txt is beside it, each label is a number or a name of it."""
     rows, class_names = [], path.with_name("classes.txt")
     for line in read_lines(path):
         separator = next((s for s in "\t;," if s in line), None)        # None: blanks
@@ -112,10 +110,9 @@ LAYOUTS = {                                             # reader, folder of the 
 }
 
 def read_annotations(dataset, root, split):
-    """One split ("train", "validation" or "test"): clip ids, labels, and the names of all classes.
+    """Clip ids, labels (-1 if a test split has none) and class names of a split.
 
-    Classes are numbered in the order of their sorted names, which is V2's official order. A label
-    is -1 if a test split has none. Raises FileNotFoundError, or ValueError naming file and clip.
+    Classes are numbered by their sorted names, as V2's are. ValueError says what a list has wrong.
     """
     path, rows, classes = LAYOUTS[dataset][0](root, split)
     classes = sorted({clean(name) for name in classes})
@@ -124,8 +121,8 @@ def read_annotations(dataset, root, split):
     for clip, *name in rows:
         label = number.get(clean(name[0])) if name else -1
         if label is None or (label < 0 and split != "test"):
-            problem = f"its class is {name}, expected one of {len(classes)}, such as {classes[:2]}"
-            raise ValueError(f"{path}: clip {clip}: {problem}")
+            raise ValueError(f"{path}: the class of clip {clip} is {''.join(name) or 'missing'}, "
+                             f"expected one of {len(classes)}, such as {classes[:2]}")
         if listed[clip] > 1:
             raise ValueError(f"{path}: clip {clip} is listed {listed[clip]} times, expected once")
         labels.append(label)
@@ -137,8 +134,9 @@ def sample_indices(n, F, rng=None, clips=1):
     """Choose F of the n frames of a clip, one from each of F equal segments (section 3.1).
 
     With s = (n-1)/F, segment i runs from round(s i) to round(s (i+1)), as in UniFormerV2. Training
-    (with an rng) draws in it. Evaluation has `clips` temporal views. View v takes the start plus
-    floor(s (v+1) / (clips+1)): the middle, if one view has a long clip. Short clips repeat frames.
+    (with an rng) draws in it. Evaluation has `clips` views of F frames. Each spans the whole clip:
+    view v takes the starts plus floor(s (v+1) / (clips+1)). So one view takes the middle, or the
+    start if n <= 2F. Short clips repeat frames.
     """
     s = (n - 1) / F
     edges = np.round(s * np.arange(F + 1)).astype(np.int64)
@@ -147,7 +145,7 @@ def sample_indices(n, F, rng=None, clips=1):
     return np.concatenate([edges[:-1] + int(s / (clips + 1) * (v + 1)) for v in range(clips)])
 
 def find_clip(folder, name):
-    """The absolute path of a clip, whichever Unicode normalisation its name has on disk."""
+    """The absolute path of a clip in a folder, in any Unicode normalisation of its name."""
     folder = Path(folder).absolute()
     if ".." in Path(name).parts or not Path(folder, name).is_relative_to(folder):
         raise ValueError(f"clip {name} lies outside of {folder}: give its folder with --clip_root")
@@ -161,7 +159,7 @@ def find_clip(folder, name):
     raise FileNotFoundError(f"{path} does not exist{found}")
 
 def frame_names(folder):
-    """The frames of a folder, in the order of the clip. Hidden files are none."""
+    """The frames of a folder, in the order of the clip. Hidden files do not count."""
     names = [n for n in os.listdir(folder) if n.lower().endswith(IMAGES) and n[0] != "."]
     return sorted(names, key=lambda name: (len(name), name))            # frame2 before frame10
 
@@ -179,8 +177,8 @@ def read_frame_folder(folder, choose):
     return frames
 
 def read_video_file(path, choose, count=None):
-    """Decode the whole file and keep the chosen frames, as seeking in video is not exact."""
-    os.environ.setdefault("DECORD_EOF_RETRY_MAX", "2048")           # damage shows at once
+    """Decode all n frames and keep the chosen: seeking is not exact, and could miss damage."""
+    os.environ.setdefault("DECORD_EOF_RETRY_MAX", "2048")           # gives up soon after damage
     import decord                                       # only needed for video files
     decord.logging.set_level(decord.logging.QUIET)
     # Without fault_tol, decord repeats the frame before one that does not decode.
@@ -193,8 +191,8 @@ def read_video_file(path, choose, count=None):
             if i in wanted:
                 frames[i] = frame.asnumpy()
     except decord.DECORDLimitReachedError:
-        # decord also counts frames that are never shown. Those that an edit list hides have times
-        # before 0, VP8's invisible ones the time of another. If all others came, the file is whole.
+        # i frames came, fewer than decord counts. It also counts those that are never shown: their
+        # times are below 0 (edit list) or another frame's (VP8). If all others came, count i.
         times = reader.get_frame_timestamp(range(n))[:, 0]
         if count or i == 0 or i != len(np.unique(times[times >= 0])):
             raise
@@ -202,17 +200,19 @@ def read_video_file(path, choose, count=None):
     return [frames[i] for i in wanted]
 
 def read_clip(path, choose):
-    """The frames choose(n) of a clip of n frames: uint8 RGB (F, 3, h, w). Raises ValueError."""
+    """Frames choose(n) of a clip of n: uint8 RGB (frames, 3, h, w). ValueError names its path."""
     read = read_frame_folder if os.path.isdir(path) else read_video_file
     try:
         return torch.from_numpy(np.stack(read(path, choose))).permute(0, 3, 1, 2)
+    except ImportError:                                 # no decord
+        raise
     except Exception as e:                              # no other clip takes its place
         reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise ValueError(f"{path} cannot be read ({reason}). scripts/check_data.py finds all such "
                          "clips, says how to repair them and writes a --skip_list") from e
 
 def read_skip_list(path):
-    """Clip ids in a text file, one per line. A # after two blanks begins a comment."""
+    """Clip ids in a text file, one per line. Comments begin with #, after two blanks or none."""
     return {re.split(r"(^|\s\s)#", line)[0].strip() for line in read_lines(path)} - {""}
 
 # ----- From frames to the input of the model --------------------------------
@@ -228,7 +228,7 @@ def train_transform(size, scale=(0.08, 1.0), magnitude=0):
     crop = v2.RandomResizedCrop(size, scale, antialias=True)
     one = v2.RandAugment(1, magnitude, interpolation=InterpolationMode.BILINEAR)
     four = [v2.RandomApply([one], p=0.5)] * 4 if magnitude else []
-    return v2.Compose([crop, v2.Lambda(torch.Tensor.contiguous), *four])        # for speed
+    return v2.Compose([crop, v2.Lambda(torch.Tensor.contiguous), *four])        # so it is faster
 
 def eval_views(video, F, size, crops=1):
     """All views of a clip: uint8 (clips * F, 3, h, w) -> (clips * crops, 3, F, S, S).
@@ -237,10 +237,10 @@ def eval_views(video, F, size, crops=1):
     """
     h, w = (max(size, round(n * size / min(video.shape[-2:]))) for n in video.shape[-2:])
     views = []
-    for clip in TF.resize(video, [h, w], antialias=True).split(F):
+    for clip in v2.functional.resize(video, [h, w], antialias=True).split(F):
         for place in (0.5,) if crops == 1 else (0.0, 0.5, 1.0):
             top, left = round((h - size) * place), round((w - size) * place)
-            views.append(TF.crop(clip, top, left, size, size).transpose(0, 1))
+            views.append(v2.functional.crop(clip, top, left, size, size).transpose(0, 1))
     return torch.stack(views)
 
 def normalize(video, mean=CLIP_MEAN, std=CLIP_STD):
@@ -257,7 +257,7 @@ class VideoDataset(torch.utils.data.Dataset):
     mirrored   the label that each class has after a flip; without it there are no flips
     control    for experiments: "shuffle" the frames of a clip, or repeat a "single" one
     skip_list  file with ids of clips to leave out; evaluation counts them as wrong
-    clip_root  where the clips are, if not in root
+    clip_root  folder around the clips (around 20bn-*), if not root
     """
 
     def __init__(self, dataset, root, split, num_frames=16, size=224, train=False,
@@ -286,9 +286,9 @@ class VideoDataset(torch.utils.data.Dataset):
         draw = rng if self.train else None
         video = read_clip(self.path(index), lambda n: sample_indices(n, F, draw, self.clips))
         if self.control == "shuffle":                   # video: (clips * F, 3, h, w)
-            video = torch.cat([clip[rng.permutation(F)] for clip in video.split(F)])
+            video = torch.cat([view[rng.permutation(F)] for view in video.split(F)])
         elif self.control == "single":
-            video = torch.cat([clip[[rng.integers(F)] * F] for clip in video.split(F)])
+            video = torch.cat([view[[rng.integers(F)] * F] for view in video.split(F)])
         if not self.train:
             views = eval_views(video, F, self.size, self.crops)
             return (views[0] if len(views) == 1 else views), label, index

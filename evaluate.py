@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import data
 from model import ModelConfig, STDFormer, load_checkpoint, require_same_shapes
-from scripts.output import print_top5, run_program, save_predictions
+from scripts.output import print_result, print_top5, run_program, save_predictions
 
 # ----- Processes and devices (train.py uses these, too) ---------------------
 
@@ -84,9 +84,9 @@ def evaluate(model, dataset, device, rank=0, world=1, batch_size=8, workers=0, t
              precision="fp32", mean=data.CLIP_MEAN, std=data.CLIP_STD):
     """Score a VideoDataset. Leaves the model in eval mode.
 
-    Process r takes clips r, r + world, ..., so no clip is counted twice. Clips on the skip list
-    count as wrong. Returns top1 and top5 in percent, loss (without label smoothing), the number of
-    clips, and probabilities (clips, classes) in the data set's order.
+    Process r takes clips r, r + world, ..., so no clip is counted twice. Returns top1 and top5 in
+    percent of `clips`, which counts those on the skip list, as wrong; loss, without label
+    smoothing; and probabilities (len(dataset), classes), in the data set's order.
     """
     mine = torch.utils.data.Subset(dataset, range(rank, len(dataset), world))
     loader = make_loader(mine, workers, timeout, device, batch_size=batch_size)
@@ -116,14 +116,14 @@ def get_args(argv=None):
     add = p.add_argument
     add("--ckpt", required=True, help="checkpoint of train.py: best.pt or last.pt")
     add("--video", nargs="+", metavar="PATH", help="print the top 5 of these clips instead")
-    add("--dataset", choices=data.LAYOUTS, help="another data set, of the same classes")
+    add("--dataset", choices=data.LAYOUTS, help="another data set of these classes, at --data_root")
     add("--data_root", help="folder of the data set, if it has moved")
-    add("--clip_root", help="folder of the clips, if not DATA_ROOT")
+    add("--clip_root", help="folder around the clips, if not DATA_ROOT")
     add("--split", default="validation", choices=("train", "validation", "test"))
     add("--num_frames", type=int, help="frames per clip, if not those of training")
     add("--image_size", type=int, help="pixels of a frame, if not those of training")
     add("--crops", type=int, default=3, choices=(1, 3), help="spatial views")
-    add("--clips", type=int, default=1, help="temporal views")
+    add("--clips", type=int, default=1, help="temporal views, each over the whole clip")
     add("--control", choices=("none", "shuffle", "single"), help="if not that of training")
     add("--skip_list", metavar="FILE", help="unreadable clips, which count as wrong")
     add("--save", metavar="FILE", help=".csv: the top 5 of each clip, .npz: all probabilities")
@@ -138,17 +138,18 @@ def main(argv=None):
     args = get_args(argv)
     rank, world = setup_processes(args.device)
     device = pick_device(args.device)
-    torch.backends.cudnn.allow_tf32 = args.precision != "fp32"      # convolutions in full float32
+    torch.backends.cudnn.allow_tf32 = args.precision != "fp32"      # fp32: no TF32 in convolutions
     checkpoint = load_checkpoint(args.ckpt)
     if args.save and rank == 0:
         open(args.save, "a").close()            # fail now rather than after hours
-    trained, classes = checkpoint["args"], checkpoint["classes"]
-    options = args.precision, checkpoint["mean"], checkpoint["std"]
+    train_args, classes = checkpoint["args"], checkpoint["classes"]
+    numerics = args.precision, checkpoint["mean"], checkpoint["std"]
     model = STDFormer(ModelConfig(**checkpoint["model_config"]))
     require_same_shapes(args.ckpt, checkpoint["model"], model.state_dict())
     model.load_state_dict(checkpoint["model"])
     model.to(device).eval()
-    n, size = args.num_frames or model.config.num_frames, args.image_size or model.config.image_size
+    frames = args.num_frames or model.config.num_frames
+    size = args.image_size or model.config.image_size
 
     if args.video:
         paths, rows = [], []
@@ -157,30 +158,29 @@ def main(argv=None):
             paths += sorted(videos) or [path]
         for path in paths:
             video = data.read_clip(path.absolute(),
-                                   lambda k: data.sample_indices(k, n, clips=args.clips))
-            views = data.eval_views(video, n, size, args.crops)
-            rows.append(predict(model, views[None], device, *options))
-            print_top5(path, rows[-1][0], classes)
+                                   lambda n: data.sample_indices(n, frames, clips=args.clips))
+            views = data.eval_views(video, frames, size, args.crops)
+            rows.append(predict(model, views[None], device, *numerics))
+            if rank == 0:
+                print_top5(path, rows[-1][0], classes)
         predictions = [str(path) for path in paths], [-1] * len(paths), torch.cat(rows)
     else:
+        # With another --data_root, the clip_root of training does not hold.
         dataset = data.VideoDataset(
-            args.dataset or trained["dataset"], args.data_root or trained["data_root"], args.split,
-            n, size, crops=args.crops, clips=args.clips, control=args.control or trained["control"],
-            skip_list=args.skip_list,
-            clip_root=args.clip_root or (None if args.data_root else trained["clip_root"]))
+            args.dataset or train_args["dataset"], args.data_root or train_args["data_root"],
+            args.split, frames, size, crops=args.crops, clips=args.clips, skip_list=args.skip_list,
+            control=args.control or train_args["control"],
+            clip_root=args.clip_root or (None if args.data_root else train_args["clip_root"]))
+        if len(dataset) == 0:
+            raise ValueError(f"--split {args.split} has no clips, or all are on the --skip_list")
         if dataset.classes != classes:
             differ = sorted({*dataset.classes} ^ {*classes})[:3]
             raise ValueError(f"--data_root has other classes than {args.ckpt}, such as {differ}")
         result = evaluate(model, dataset, device, rank, world, args.batch_size, args.workers,
-                          args.timeout, *options)
+                          args.timeout, *numerics)
         predictions = dataset.ids, dataset.labels, result["probabilities"]
-        if rank == 0 and dataset.skipped:
-            print(f"{dataset.skipped} clips on the skip list count as wrong")
-        if rank == 0 and dataset.labels.min() < 0:
-            print("This split has no labels, so no accuracy. --save keeps the predictions.")
-        elif rank == 0:
-            print(f"top1 {result['top1']:.2f} top5 {result['top5']:.2f} clips {result['clips']} "
-                  f"views {n}x{args.crops}x{args.clips}")
+        if rank == 0:
+            print_result(result, dataset, f"{frames}x{args.crops}x{args.clips}")
     if args.save and rank == 0:
         save_predictions(args.save, *predictions, classes)
     if world > 1:

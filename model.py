@@ -4,7 +4,7 @@ Paper: "Spatio-Temporal Diffusion Transformer for Action Recognition" (anonymous
 OpenReview ICR3swcnaa). Where it is silent we follow UniFormerV2 (Li et al., ICCV 2023) or take
 the plainest choice that trains. docs/readings.md lists every such choice.
 
-Letters, the same in every file
+Letters of the docstrings, and of data.py (elsewhere F is torch.nn.functional)
     B clips       F input frames   S x S pixels of a frame    D width     L layers
     T token frames (F / stride of the stem)    H x W patch grid    N = H * W patches per frame
     video (B, 3, F, S, S)      x (B, T, 1+N, D)  spatio-temporal tokens, class token first
@@ -27,7 +27,7 @@ from dataclasses import dataclass, field, fields
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 from torchvision.ops import StochasticDepth
 
 # ----- Configuration --------------------------------------------------------
@@ -40,8 +40,8 @@ def option(default, help, choices=None):
 class ModelConfig:
     """Everything that defines a model. It can express each row of Tables 2 to 7 that we know.
 
-    Positions count layers from 0, as the paper does. None: the paper's best positions, scaled to
-    the depth. (): nowhere. ValueError names a field with an impossible value.
+    Positions count layers from 0, as the paper does. None means the paper's best positions, scaled
+    to the depth, and () nowhere. ValueError names a field with an impossible value.
     """
     num_classes: int = option(174, "classes; train.py takes them from the data")
     num_frames: int = option(16, "frames per clip; 32 take twice the time of 16")
@@ -83,14 +83,14 @@ class ModelConfig:
             if f.type is int:
                 self.require(f.name, value >= 1, "1 or more")
             elif f.type is tuple:
-                top = last - (f.name == "stdm_layers")                  # the last y has no next x
+                top = last - 1 if f.name == "stdm_layers" else last     # the last y has no next x
                 self.require(f.name, set(value) <= {*range(top + 1)}, f"layers from 0 to {top}")
             elif choices:
                 self.require(f.name, value in choices, "one of " + ", ".join(choices))
             elif f.name.endswith(("drop_path", "dropout")):
                 self.require(f.name, 0 <= value < 1, "a probability below 1")
-        parts = dict(num_frames="stem_stride", image_size="patch_size", dim="heads")
-        for name, part in parts.items():
+        divisors = dict(num_frames="stem_stride", image_size="patch_size", dim="heads")
+        for name, part in divisors.items():
             n = getattr(self, part)
             self.require(name, getattr(self, name) % n == 0, f"a multiple of {part}, which is {n}")
         self.require("stem_kernel", self.stem_kernel % 2 == 1, "an odd number")
@@ -302,9 +302,9 @@ class CTM(nn.Module):
         z = x + CMHA(LN x, LN y)
         y = z + FFN(LN z)
     Our copy of the paper breaks off before it says where a residual connection is. We put it on the
-    query, so that CLIP's features reach the classifier without passing attention weights.
-    out_proj must not start at zero. From CLIP, STDM does (load_clip). If both did, the first step
-    would send no gradient to the CTMs below.
+    query. So x, with CLIP's features, reaches the classifier directly, and the y of the layer
+    before only through attention. out_proj must not start at zero. From CLIP, STDM does
+    (load_clip). If both did, the first step would send no gradient to the CTMs below.
     x, y: (B, T, H, W, D) -> y: (B, T, H, W, D)
     """
     output_layer = "out_proj"
@@ -408,7 +408,8 @@ class SMEM(nn.Module):
     def forward(self, y):
         B, T, H, W, D = y.shape
         if T == 1:
-            raise ValueError("SMEM compares neighbouring frames, but got only one: take more")
+            raise ValueError("SMEM compares neighbouring token frames, but got only one: take a "
+                             "larger --num_frames")
         f = self.conv_in(y.flatten(0, 1).movedim(-1, 1))                        # (B*T, D/8, H, W)
         if (H, W) != self.grid:
             f = F.interpolate(f, self.grid, mode="bilinear")
@@ -428,9 +429,9 @@ class STDFormer(nn.Module):
     The video comes from data.normalize. F is a multiple of the stem's stride, twice it or more, and
     S one of the patch size; both may differ from training. Attention is per frame: time enters x
     only through the stem, PTM's DPE and convolution, STDM and SMEM.
-    Layer i has blocks[i] (a Block or a PTM), ctm[i], stdm[i], smem_t[i] and smem_st[i], which are
-    nn.Identity if the module is absent. With checkpointing = True, Blocks and CTMs are computed
-    again in the backward pass, which takes less memory and more time.
+    Layer i has blocks[i] (a Block or a PTM), ctm[i], stdm[i], smem_t[i] and smem_st[i]. An absent
+    STDM or SMEM is an nn.Identity. With checkpointing = True, Blocks and CTMs are computed again in
+    the backward pass, which takes less memory and more time.
     """
 
     def __init__(self, config):
@@ -474,7 +475,7 @@ class STDFormer(nn.Module):
         return nn.ModuleList([make() if i in layers else nn.Identity() for i in range(depth)])
 
     def init_weights(self):
-        """The start without CLIP. The paper always starts from CLIP, so this is ours.
+        """The start of all parameters. load_clip then replaces CLIP's. The paper gives none.
 
         every Linear layer     normal, std D^-0.5, bias 0, about as in CLIP's text tower
         ... at an output       normal, std (2 L D)^-0.5, as so many of them add to a branch
@@ -533,7 +534,7 @@ class STDFormer(nn.Module):
         """Call a module. With checkpointing, the backward pass computes its inside again."""
         # Not a PTM: computed twice, its BatchNorm would count each batch twice.
         if self.checkpointing and self.training and not isinstance(module, PTM):
-            return checkpoint(module, *inputs, use_reentrant=False)
+            return recompute(module, *inputs, use_reentrant=False)
         return module(*inputs)
 
     def forward(self, video):
@@ -547,7 +548,7 @@ def build_model(name="b16", **overrides):
 # ----- Checkpoints and CLIP's weights ---------------------------------------
 
 def load_checkpoint(path):
-    """A checkpoint of train.py, on the CPU. weights_only: a file from elsewhere runs no code."""
+    """A checkpoint of train.py, on the CPU. It loads data only, so a foreign file runs no code."""
     try:
         damaged = zipfile.ZipFile(path).testzip()       # torch.load does not compare checksums
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -557,7 +558,7 @@ def load_checkpoint(path):
         raise ValueError(f"{path} is damaged, or no checkpoint of train.py")
     return checkpoint
 
-HUGGING_FACE = {                                # part of its names: part of CLIP's
+HUGGING_FACE = {                                # Hugging Face's part of a name: CLIP's
     "encoder.layers.": "blocks.", "embeddings.class_embedding": "class_embedding",
     "embeddings.position_embedding.weight": "positional_embedding", "pre_layrnorm": "ln_pre",
     "embeddings.patch_embedding": "conv1", "post_layernorm": "ln_post", "layer_norm": "ln_",
@@ -577,7 +578,7 @@ def read_clip_weights(source, dim):
     try:
         if source == "openai":
             import open_clip                    # only needed to download
-            name = {768: "ViT-B-16-quickgelu", 1024: "ViT-L-14-quickgelu"}[dim]
+            name = "ViT-L-14-quickgelu" if dim == 1024 else "ViT-B-16-quickgelu"
             state = open_clip.create_model(name, pretrained="openai").state_dict()
         elif str(source).endswith(".safetensors"):
             from safetensors.torch import load_file
@@ -631,11 +632,12 @@ def load_clip(model, source):
 
     Section 4.2 says that training starts from CLIP, not how. CLIP's patch embedding becomes the
     centre frame of the stem's kernel, the others are 0 (inflation, Carreira and Zisserman, 2017).
-    All that adds to x starts at 0: DPE, PTM's convolution, STDM, SMEM in the ST-branch. So without
-    PTM, x is at first what CLIP makes of single frames.
+    All new that adds to x starts at 0: DPE, PTM's convolution, STDM, SMEM in the ST-branch. So x is
+    at first what CLIP makes of single frames, except that a PTM runs CLIP's attention and FFN side
+    by side. CTM and the SMEM of the T-branch are new, and start at random.
     source: "openai" downloads with open_clip. Otherwise a file: OpenAI's .pt, or a checkpoint of
-    open_clip or Hugging Face (.pt, .bin, .safetensors). It must be trained with QuickGELU, as
-    OpenAI's are. Loading OpenAI's .pt can run code from the file; the others cannot.
+    open_clip or Hugging Face (.pt, .bin, .safetensors). Its model must be trained with QuickGELU,
+    as OpenAI's are. Loading OpenAI's .pt can run code from the file; the others cannot.
     Returns how many tensors were loaded and how many are new. ValueError says what does not fit.
     """
     state = read_clip_weights(source, model.config.dim)

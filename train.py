@@ -6,8 +6,8 @@
 
 --batch_size counts the clips of one step over all processes. So 1, 4 and 8 GPUs see the same clips
 in each step, at the same --lr. Everything random follows from --seed: samples from (seed, epoch,
-clip); dropout, MixUp and CutMix from (seed, step, rank). So --resume goes on as if nothing had
-happened, on as many processes.
+index); dropout, MixUp and CutMix from (seed, step, rank). So with as many processes, --resume goes
+on as if nothing had happened.
 """
 import argparse
 import json
@@ -41,14 +41,14 @@ from scripts.toy_data import make_toy
 
 # The paper gives frames, size, AdamW, learning rate, batch size, cosine, soft cross-entropy, flips
 # and CLIP. UniFormer's recipe has a soft cross-entropy with MixUp and CutMix, so ours has them. The
-# rest is UniFormerV2's recipe for SSV1. docs/readings.md compares them.
+# rest is UniFormerV2's recipe for SSV1. The flags' own defaults are common to both recipes.
 PAPER = dict(model="b16", clip="openai", epochs=22, warmup_epochs=5.0, batch_size=16, lr=1e-4,
              crop_scale=0.08, randaugment=21, drop_path=0.2, ctm_drop_path=0.4, ctm_dropout=0.5,
              head_dropout=0.5, grad_clip=20.0, mixup=0.8, cutmix=1.0)
 TOY = dict(model="tiny", clip="none", epochs=4, warmup_epochs=0.4, batch_size=16, lr=1e-3,
            crop_scale=0.5, randaugment=0, grad_clip=1.0, mixup=0.0, cutmix=0.0)
 RECIPES = {"paper": PAPER, "toy": TOY}
-# A resumed run may change these flags. They affect neither the recipe nor the data.
+# A resumed run may change these flags: it still sees the same clips, by the same recipe.
 FREE = ("resume", "out_dir", "data_root", "clip_root", "init_from", "clip", "workers", "timeout",
         "device", "precision", "compile", "checkpointing", "log_every", "eval_every",
         "save_minutes", "max_steps", "dry_run")
@@ -60,23 +60,23 @@ def get_args(argv=None):
     add, on_off = p.add_argument, argparse.BooleanOptionalAction
     # files
     add("--dataset", default="toy", choices=data.LAYOUTS, help="see the top of data.py")
-    add("--recipe", choices=RECIPES, help="defaults of other flags; toy, or paper for CLIP models")
+    add("--recipe", choices=RECIPES, help="defaults: toy for toy and for folder without weights")
     add("--data_root", help="folder of the data set (default: datasets/DATASET)")
-    add("--clip_root", help="folder of the clips, if not DATA_ROOT")
+    add("--clip_root", help="folder around the clips, if not DATA_ROOT")
     add("--out_dir", help="folder for checkpoints and logs (default: out/DATASET)")
     add("--resume", action="store_true", help="go on from OUT_DIR/last.pt")
     add("--init_from", metavar="CHECKPOINT", help="model and weights of another run to start from")
     add("--clip", metavar="openai|FILE|none", help="CLIP weights to start from")
     add("--skip_list", metavar="FILE", help="clips to leave out; scripts/check_data.py writes it")
     # data
-    add("--crop_scale", type=float, help="smallest area of a crop; more if small things matter")
+    add("--crop_scale", type=float, help="smallest area of a crop; raise it if small things matter")
     add("--randaugment", type=int, choices=range(31), metavar="M", help="magnitude, 0 for none")
     add("--flip", action=on_off, default=True, help="mirror half of the clips, and their labels")
     add("--control", default="none", choices=("none", "shuffle", "single"))
     add("--workers", type=int, default=min(8, cores_per_process()), help="data workers per process")
     add("--timeout", type=float, default=600, help="seconds to wait for a data worker")
     # optimization
-    add("--epochs", type=int)
+    add("--epochs", type=int, help="passes over the data")
     add("--warmup_epochs", type=float, help="length of the linear warm-up")
     add("--batch_size", type=int, help="clips per step, over all processes")
     add("--micro_batch", type=int, help="clips per forward pass; less if memory runs out")
@@ -84,7 +84,7 @@ def get_args(argv=None):
     add("--min_lr", type=float, default=1e-6, help="where the cosine ends")
     add("--clip_lr_scale", type=float, default=1.0, help="factor on --lr for CLIP's parameters")
     add("--freeze_clip", action="store_true", help="train the stem and the new parameters only")
-    add("--weight_decay", type=float, default=0.05, help="of matrices; biases and norms get none")
+    add("--weight_decay", type=float, default=0.05, help="of weights, not of biases and norms")
     add("--grad_clip", type=float, help="largest gradient norm, 0 for no limit")
     add("--label_smoothing", type=float, default=0.1)
     add("--mixup", type=float, help="alpha of MixUp, 0 for none")
@@ -93,22 +93,22 @@ def get_args(argv=None):
     add("--seed", type=int, default=0, help="of everything; report the mean over several")
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     add("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"))
-    add("--compile", action="store_true", help="slow start, then faster; add --no-sync_bn")
+    add("--compile", action="store_true", help="faster after a slow start; best with --no-sync_bn")
     add("--checkpointing", action="store_true", help="less memory, about a third more time")
     add("--sync_bn", action=on_off, default=True, help="BatchNorm sees the clips of all GPUs")
-    add("--log_every", type=int, default=20, help="steps between log lines; signals wait for one")
+    add("--log_every", type=int, default=20, help="steps between log lines; a signal waits for one")
     add("--eval_every", type=int, default=1, help="epochs between validations")
     add("--save_minutes", type=float, default=10, help="time between two last.pt")
     add("--max_steps", type=int, help="stop after this step, as if interrupted")
     add("--dry_run", action="store_true", help="five steps, to see time and memory; keep nothing")
     # model: one flag for each field of ModelConfig, except num_classes
-    add("--model", default="b16", choices=MODELS, help="size of the model")
+    add("--model", choices=MODELS, help="size of the model, if not that of --init_from")
     for f in fields(ModelConfig)[1:]:
         kind = {bool: dict(action=on_off), tuple: dict(type=int, nargs="*", metavar="LAYER")}
         add(f"--{f.name}", help=f.metadata["help"], **kind.get(f.type, dict(type=f.type)))
 
-    known, _ = p.parse_known_args(argv)
-    own_weights = known.clip or known.init_from
+    known, _ = p.parse_known_args(argv)                 # to find the recipe
+    own_weights = known.init_from or known.clip not in (None, "none")
     toy = known.dataset == "toy" or (known.dataset == "folder" and not own_weights)
     recipe = known.recipe or ("toy" if toy else "paper")
     p.set_defaults(recipe=recipe, data_root=f"datasets/{known.dataset}",
@@ -125,14 +125,14 @@ def get_lr(step, total, warmup, peak, floor=0.0):
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 def param_groups(model, weight_decay, clip_lr_scale=1.0):
-    """AdamW's groups: (CLIP's parameters, new ones) x (matrices with decay, the rest without)."""
+    """AdamW's groups: (CLIP's parameters, new ones) x (weights with decay, biases and norms)."""
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
             groups.setdefault((is_clip_parameter(name), p.ndim > 1), []).append(p)
-    return [dict(params=params, weight_decay=weight_decay if matrix else 0.0,
+    return [dict(params=params, weight_decay=weight_decay if decay else 0.0,
                  lr_scale=clip_lr_scale if from_clip else 1.0)
-            for (from_clip, matrix), params in groups.items()]
+            for (from_clip, decay), params in groups.items()]
 
 def make_datasets(args, config):
     common = dict(num_frames=config.num_frames, size=config.image_size, control=args.control,
@@ -143,15 +143,15 @@ def make_datasets(args, config):
                               scale=(args.crop_scale, 1.0), augment=args.randaugment, **common)
     return train, val
 
-def step_batches(clips, batch_size, start, stop, seed, rank, world):
-    """Yield this rank's clips of each step, as a list of (epoch, index). clips: their number.
+def step_batches(num_clips, batch_size, start, stop, seed, rank, world):
+    """Yield this rank's clips of each step, as a list of (epoch, index).
 
     Each epoch is a new permutation, without its last, incomplete batch. The ranks share each batch.
     """
     for step in range(start, stop):
-        epoch, i = divmod(step, clips // batch_size)
+        epoch, i = divmod(step, num_clips // batch_size)
         if i == 0 or step == start:
-            order = np.random.default_rng([seed, epoch]).permutation(clips)
+            order = np.random.default_rng([seed, epoch]).permutation(num_clips)
         batch = order[i * batch_size:(i + 1) * batch_size]
         yield [(epoch, int(index)) for index in batch[rank::world]]
 
@@ -175,6 +175,7 @@ def check_resume(checkpoint, **now):
 def train_step(forward, model, video, label, optimizer, scaler, args, micro):
     """Forward, backward and update for one batch, `micro` clips at a time.
 
+    forward: the model, as torch.compile and DDP wrap it
     video: (B, 3, F, S, S), label: (B,) or (B, classes) -> loss and gradient norm, (2,)
     """
     model.train()
@@ -214,8 +215,8 @@ def main(argv=None):
                          f"x --micro_batch {micro}")
 
     # output folder
-    out_dir, last, log_file = (Path(args.out_dir, f) for f in ("", "last.pt", "log.jsonl"))
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    out_dir, last = Path(args.out_dir), Path(args.out_dir, "last.pt")
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0    # by torchrun
     resume = args.resume or (restarted and last.is_file())
     writes = master and not args.dry_run
     if writes:
@@ -232,12 +233,12 @@ def main(argv=None):
     checkpoint = load_checkpoint(source) if source else {}
     config = model_config(args, base=checkpoint.get("model_config"))
     train_set, val_set = make_datasets(args, config)
-    classes, clips = train_set.classes, len(train_set)
+    classes, num_clips = train_set.classes, len(train_set)
     config.num_classes = len(classes)
-    steps_per_epoch = clips // args.batch_size
+    steps_per_epoch = num_clips // args.batch_size
     if steps_per_epoch == 0 or len(val_set) == 0:
-        raise ValueError(f"{clips} training and {len(val_set)} validation clips are too few for "
-                         f"--batch_size {args.batch_size}, or --data_root is wrong")
+        raise ValueError(f"{num_clips} training and {len(val_set)} validation clips are too few "
+                         f"for --batch_size {args.batch_size}, or --data_root is wrong")
     total, warmup = args.epochs * steps_per_epoch, round(args.warmup_epochs * steps_per_epoch)
 
     # model, weights, optimizer
@@ -245,7 +246,7 @@ def main(argv=None):
     model = STDFormer(config)
     step, best = 0, -1.0
     if resume:
-        check_resume(checkpoint, classes=classes, clips=clips, **vars(args))
+        check_resume(checkpoint, classes=classes, clips=num_clips, **vars(args))
         model.load_state_dict(checkpoint["model"])
         step, best = checkpoint["step"], checkpoint["best"]
     elif args.init_from:
@@ -253,7 +254,7 @@ def main(argv=None):
     elif args.clip != "none" and master:                # DDP sends rank 0's weights to the others
         print("CLIP weights: {} tensors loaded, {} new".format(*load_clip(model, args.clip)))
     for name, p in model.named_parameters():
-        frozen = is_clip_parameter(name) and name != "conv1.weight"     # it must learn from motion
+        frozen = is_clip_parameter(name) and name != "conv1.weight"     # new frames of the stem
         p.requires_grad = not (args.freeze_clip and frozen)
     model.checkpointing = args.checkpointing
     model.to(device)
@@ -269,23 +270,22 @@ def main(argv=None):
     # what training calls; `model` stays the plain one, for checkpoints and evaluation
     forward = torch.compile(model) if args.compile else model
     if world > 1:
-        for m in model.modules():                       # or DDP warns of their gradients' strides
+        for m in model.modules():                       # avoids a warning of DDP about strides
             if isinstance(m, nn.Conv2d) and m.groups > 1:
                 m.to(memory_format=torch.channels_last)
         forward = DDP(forward, gradient_as_bucket_view=True)
 
     # batches; MixUp and CutMix mix the clips of one process, and each step takes one of the two
-    stop_at = min(total, step + 5 if args.dry_run else args.max_steps or total)
-    batches = step_batches(clips, args.batch_size, step, stop_at, args.seed, rank, world)
+    stop_at = min(total, step + 5) if args.dry_run else min(total, args.max_steps or total)
+    batches = step_batches(num_clips, args.batch_size, step, stop_at, args.seed, rank, world)
     loader = iter(make_loader(train_set, args.workers, args.timeout, device, batch_sampler=batches))
     mixes = [v2.MixUp(alpha=args.mixup, num_classes=len(classes))] if args.mixup else []
     mixes += [v2.CutMix(alpha=args.cutmix, num_classes=len(classes))] if args.cutmix else []
 
-    # files and the first lines on the screen
-    if writes:                                          # a resumed run writes its last rows again
-        rows = log_file.read_bytes() if resume and log_file.is_file() else b""
-        end = rows.rfind(b"\n", 0, checkpoint.get("log_bytes")) + 1
-        log_file.write_bytes(rows[:end])
+    log_file = out_dir / "log.jsonl"
+    if writes:                                          # keep the rows of steps before last.pt
+        logged = log_file.read_bytes() if resume and log_file.is_file() else b""
+        log_file.write_bytes(logged[:logged.rfind(b"\n", 0, checkpoint.get("log_bytes")) + 1])
         described = dict(args=vars(args), model_config=asdict(config))
         Path(out_dir, "config.json").write_text(json.dumps(described, indent=1) + "\n")
     if master:
@@ -299,7 +299,7 @@ def main(argv=None):
         torch.save(dict(
             model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
             step=step, epoch=step // steps_per_epoch, step_in_epoch=step % steps_per_epoch,
-            best=best, classes=classes, clips=clips, log_bytes=log_file.stat().st_size,
+            best=best, classes=classes, clips=num_clips, log_bytes=log_file.stat().st_size,
             model_config=asdict(config), mean=data.CLIP_MEAN, std=data.CLIP_STD, args=vars(args),
         ), out_dir / f"{name}.tmp")
         os.replace(out_dir / f"{name}.tmp", out_dir / name)
@@ -312,15 +312,15 @@ def main(argv=None):
             with open(log_file, "a") as f:
                 f.write(json.dumps(row) + "\n")
 
-    # Slurm and torchrun stop a job with SIGTERM: go on to the next log line, save, leave.
+    # Slurm and torchrun stop a job with SIGTERM, you with Ctrl-C: go on to the next log line, save.
     signals = []
     for number in signal.SIGTERM, signal.SIGINT:
         signal.signal(number, lambda signum, frame: signals.append(signum))
 
     # ===== the loop =====
-    stopped, saved, start, waited, window = False, time.time(), time.time(), 0.0, []
+    stopped, saved, window_start, waited, window = False, time.time(), time.time(), 0.0, []
     while True:
-        # Validation comes after last.pt is written. A run that is stopped in it begins with it.
+        # Validation comes after last.pt is written. If a run ends in it, --resume begins with it.
         epoch, step_in_epoch = divmod(step, steps_per_epoch)
         due = step_in_epoch == 0 and step > 0 and epoch % args.eval_every == 0
         if (due or step == total) and not stopped and not args.dry_run:
@@ -337,7 +337,7 @@ def main(argv=None):
                 save("best.pt")
             if writes:
                 draw_curves(out_dir)
-            start = time.time()
+            window_start = time.time()
         if stopped or step >= stop_at:
             break
 
@@ -345,9 +345,9 @@ def main(argv=None):
         lr = get_lr(step, total, warmup, args.lr, args.min_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        begin = time.time()
+        wait_start = time.time()
         video, label, _ = next(loader)
-        waited += time.time() - begin
+        waited += time.time() - wait_start
         seed = np.random.SeedSequence([args.seed, step, rank]).generate_state(1)[0]
         torch.manual_seed(int(seed))                    # dropout, stochastic depth, MixUp
         video = data.normalize(video.to(device, non_blocking=True))
@@ -367,14 +367,14 @@ def main(argv=None):
         stats = torch.stack([*window, torch.tensor([len(signals), 0.0], device=device)])
         if world > 1:
             dist.all_reduce(stats)
-        *stats, (stopped, _) = (stats / world).tolist()
-        losses, norms = zip(*stats)
+        *rows, (stopped, _) = (stats / world).tolist()
+        losses, norms = zip(*rows)
         loss, finite = sum(losses) / len(losses), [n for n in norms if math.isfinite(n)]
         skipped = len(norms) - len(finite)              # by the scaler, in fp16
         if not math.isfinite(loss) or (skipped and not scaler.is_enabled()):
-            raise FloatingPointError(f"loss {loss}, gradient norm {norms[-1]} up to step {step} at "
-                                     f"lr {lr:.2e}: lower --lr or lengthen --warmup_epochs")
-        seconds = time.time() - start
+            raise FloatingPointError(f"loss {loss}, gradient norm {sum(norms)} up to step {step} "
+                                     f"at lr {lr:.2e}: lower --lr or lengthen --warmup_epochs")
+        seconds = time.time() - window_start
         log("epoch {epoch:6.2f}  step {step}/{total}  loss {loss:.4f}  lr {lr:.2e}  grad "
             "{grad_norm:.2f}  {clips_per_s:.3g} clips/s  data {data_wait:.0%}"
             + ("  {memory_gib:.1f} GiB" if device.type == "cuda" else ""),
@@ -385,14 +385,14 @@ def main(argv=None):
         if epoch_end or stopped or step == stop_at or time.time() - saved > 60 * args.save_minutes:
             save("last.pt")
             saved = time.time()
-        start, waited, window = time.time(), 0.0, []
+        window_start, waited, window = time.time(), 0.0, []
 
     # ===== the end =====
-    end = f"stopped after step {step} of {total}; the same command with --resume goes on"
+    ending = f"stopped after step {step} of {total}; the same command with --resume goes on"
     if step == total and not stopped:
-        end = f"done: best top1 {best:.2f}. 3 crops: python evaluate.py --ckpt {out_dir}/best.pt"
+        ending = f"done: best top1 {best:.2f}. Test: python evaluate.py --ckpt {out_dir}/best.pt"
     if master:
-        print("dry run: nothing was kept" if args.dry_run else end)
+        print("dry run: nothing was kept" if args.dry_run else ending)
     if world > 1:
         dist.destroy_process_group()
 

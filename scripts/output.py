@@ -60,6 +60,17 @@ def print_run(args, train_set, val_set, model, world, micro):
         print("  MixUp and CutMix do nothing: they mix the clips of a process, and each has one")
 
 
+def print_result(result, dataset, views):
+    """The accuracy of an evaluation, as the last line. views: "frames x crops x clips" """
+    if dataset.skipped:
+        print(f"{dataset.skipped} clips on the skip list count as wrong")
+    if dataset.labels.min() < 0:
+        print("This split has no labels, so no accuracy. --save keeps the predictions.")
+    else:
+        print(f"top1 {result['top1']:.2f} top5 {result['top5']:.2f} clips {result['clips']} "
+              f"views {views}")
+
+
 def top5(probabilities, classes):
     """[(name, probability)] of the five most likely classes. probabilities: (classes,)"""
     top = probabilities.topk(min(5, len(classes)))

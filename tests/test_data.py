@@ -215,7 +215,7 @@ V2_TRAIN = "something-something-v2-train.json"
 @pytest.mark.parametrize(
     "content, words",
     [
-        ([{"id": "1", "label": "A"}], ["clip 1", "its class is []", "expected one of 2"]),
+        ([{"id": "1", "label": "A"}], ["class of clip 1 is missing", "expected one of 2"]),
         ([{"id": "1", "template": "Ghost"}], ["clip 1", "Ghost", "expected one of 2"]),
         (
             [{"id": "1", "template": "A"}, {"id": "1", "template": "B"}],
@@ -234,7 +234,7 @@ def test_v2_in_a_wrong_format_is_one_clear_error(tmp_path, content, words):
 @pytest.mark.parametrize(
     "content, words",
     [
-        ("1,A\n", ["clip 1,A", "its class is []"]),
+        ("1,A\n", ["class of clip 1,A is missing"]),
         ("1;A\n1;B\n", ["clip 1", "listed 2 times"]),
         ("1;A\n2;Ghost\n", ["clip 2", "Ghost"]),
     ],
@@ -935,7 +935,7 @@ def test_class_folders_take_videos_of_any_container_without_renaming(tmp_path):
 def test_a_clip_without_a_class_folder_is_refused(tmp_path):
     own_folder(tmp_path / "own")
     (tmp_path / "own" / "train" / "lost.mp4").touch()
-    with pytest.raises(ValueError, match="clip train/lost.mp4: its class is .., expected one of 2"):
+    with pytest.raises(ValueError, match="the class of clip train/lost.mp4 is missing"):
         data.read_annotations("folder", tmp_path / "own", "train")
 
 
@@ -995,7 +995,7 @@ def test_names_with_blanks_in_classes_txt(tmp_path):
 
 def test_a_line_without_a_label_is_refused(tmp_path):
     (tmp_path / "train.csv").write_text("b.mp4 run\na.mp4\n")
-    with pytest.raises(ValueError, match="clip a.mp4: its class is .., expected one of 1"):
+    with pytest.raises(ValueError, match="the class of clip a.mp4 is missing, expected one of 1"):
         data.read_annotations("folder", tmp_path, "train")
 
 
@@ -1040,7 +1040,7 @@ def test_a_class_that_training_does_not_have_is_refused(tmp_path):
     (tmp_path / "train.csv").write_text("a.mp4 run\nb.mp4 jump\n")
     (tmp_path / "validation.csv").write_text("c.mp4 fly\n")
     with pytest.raises(
-        ValueError, match="validation.csv: clip c.mp4: its class is .'fly'., expected one of 2"
+        ValueError, match="validation.csv: the class of clip c.mp4 is fly, expected one of 2"
     ):
         data.read_annotations("folder", tmp_path, "validation")
 

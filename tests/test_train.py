@@ -471,11 +471,11 @@ def test_bn_frozen_leaves_the_running_statistics(clips, tmp_path, monkeypatch):
 def test_activation_checkpointing_changes_nothing(clips, tmp_path, monkeypatch):
     flags, recomputed = ["--max_steps", "2"], []  # with the recipe's dropouts
     plain, _ = run(clips, tmp_path / "a", *flags)
-    checkpoint = model.checkpoint
+    recompute = model.recompute
     monkeypatch.setattr(
         model,
-        "checkpoint",
-        lambda *inputs, **options: recomputed.append(1) or checkpoint(*inputs, **options),
+        "recompute",
+        lambda *inputs, **options: recomputed.append(1) or recompute(*inputs, **options),
     )
     checkpointed, _ = run(clips, tmp_path / "b", *flags, "--checkpointing")
     # two steps of two blocks and two CTMs
