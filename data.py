@@ -72,21 +72,21 @@ def read_folder(root, split):
     """Class folders, or else a list. The classes are those of the training split."""
     names = ("validation", "val") if split == "validation" else (split,)
     path = find_file(root, *(name + end for end in ("/", ".csv", ".txt") for name in names))
-    rows = read_list(path) if path.is_file() else list_class_folders(root, path)
+    rows = read_list(root, path) if path.is_file() else list_class_folders(path)
     train_rows = rows if split == "train" else read_folder(root, "train")[1]
     return path, rows, [label for _, *labels in train_rows for label in labels]
 
-def list_class_folders(root, path):
+def list_class_folders(path):
     """Videos, and folders of frames. The first folder below `path` is the class."""
     files = glob.glob("**/*.*", root_dir=path, recursive=True)          # leaves out hidden ones
-    videos = {file for file in files if file.lower().endswith(VIDEOS)}
-    frames = {os.path.dirname(file) for file in files if file.lower().endswith(IMAGES)}
+    videos = {f for f in files if f.lower().endswith(VIDEOS) and os.path.isfile(path / f)}
+    frames = {os.path.dirname(f) for f in files if f.lower().endswith(IMAGES)}
     clips = videos | (frames - {os.path.dirname(video) for video in videos})
     return sorted((f"{path.name}/{clip}", *Path(clip).parts[:-1][:1]) for clip in clips)
 
-def read_list(path):
-    """Lines "path label". If classes.txt is beside it, each label is a number or a name of it."""
-    rows, class_names = [], path.with_name("classes.txt")
+def read_list(root, path):
+    """Lines "path label". A classes.txt names the labels that are numbers."""
+    rows, class_names = [], Path(root, "classes.txt")
     for line in read_lines(path):
         separator = next((s for s in "\t;," if s in line), None)        # None: blanks
         rows.append([field.strip() for field in line.split(separator)])
@@ -94,11 +94,12 @@ def read_list(path):
             raise ValueError(f"{path} has the line {line!r}, expected a path and a label, "
                              "with a tab between them if they hold blanks or commas")
     if class_names.is_file():                           # lines "number name", or names from 0 on
-        lines = [re.match(r"(?:(\d+)\s+)?(.*)", line).groups() for line in read_lines(class_names)]
-        named = {number or str(i): name for i, (number, name) in enumerate(lines)}
-        unknown = {label for row in rows for label in row[1:]} - {*named, *named.values()}
-        if unknown:
-            raise ValueError(f"{class_names} has no name for the label {min(unknown)} of {path}")
+        lines = read_lines(class_names)
+        if not all(re.match(r"\d+\s", line) for line in lines):
+            lines = [f"{i} {line}" for i, line in enumerate(lines)]
+        named = dict(line.split(maxsplit=1) for line in lines)
+        if unnamed := {x for row in rows for x in row[1:] if x.isdecimal()} - {*named}:
+            raise ValueError(f"{class_names} has no name for the label {min(unnamed)} of {path}")
         rows = [[clip, *(named.get(label, label) for label in labels)] for clip, *labels in rows]
     return rows
 
@@ -147,7 +148,7 @@ def sample_indices(n, F, rng=None, clips=1):
 def find_clip(folder, name):
     """The absolute path of a clip in a folder, in any Unicode normalisation of its name."""
     folder = Path(folder).absolute()
-    if ".." in Path(name).parts or not Path(folder, name).is_relative_to(folder):
+    if ".." in Path(os.path.relpath(Path(folder, name), folder)).parts:
         raise ValueError(f"clip {name} lies outside of {folder}: give its folder with --clip_root")
     for form in (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)):
         path = Path(folder, form)
@@ -156,7 +157,7 @@ def find_clip(folder, name):
     near = [*path.parent.glob(f"{glob.escape(path.stem)}.*"),
             *path.parent.glob(f"*/{glob.escape(path.name)}")]
     found = f", but {near[0]} does: rename or move it, or use --dataset folder" if near else ""
-    raise FileNotFoundError(f"{path} does not exist{found}")
+    raise FileNotFoundError(f"{folder / name} does not exist{found}")
 
 def frame_names(folder):
     """The frames of a folder, in the order of the clip. Hidden files do not count."""
@@ -218,9 +219,8 @@ def read_skip_list(path):
 # ----- From frames to the input of the model --------------------------------
 
 def train_transform(size, scale=(0.08, 1.0), magnitude=0):
-    """Random resized crop, then RandAugment: uint8 (F, 3, h, w) -> (F, 3, S, S).
+    """Random resized crop and RandAugment, one draw for all frames: (F, 3, h, w) -> (F, 3, S, S).
 
-    Both draw once per clip, from torch's global random state.
     scale      range of the area of the crop, as a share of the picture
     magnitude  of RandAugment, on torchvision's scale of 0 to 30; 0 switches it off. Each of four
                operations is applied with probability 0.5, as in UniFormerV2
@@ -245,8 +245,8 @@ def eval_views(video, F, size, crops=1):
 
 def normalize(video, mean=CLIP_MEAN, std=CLIP_STD):
     """uint8 (..., 3, F, S, S) -> float32 with this mean and std, on the device of the video."""
-    mean, std = (255 * torch.tensor((mean, std), device=video.device)).view(2, 3, 1, 1, 1)
-    return (video - mean) / std
+    m, s = 255 * torch.tensor((mean, std)).view(2, 3, 1, 1, 1).to(video.device, non_blocking=True)
+    return (video - m) / s
 
 class VideoDataset(torch.utils.data.Dataset):
     """One split of a data set. Yields (video, label, index).

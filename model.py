@@ -34,6 +34,7 @@ from torchvision.ops import StochasticDepth
 
 def option(default, help, choices=None):
     """A field of ModelConfig, with the help text and the choices of its flag."""
+    help += f": {', '.join(choices)}" if choices else ""
     return field(default=default, metadata=dict(help=help, choices=choices))
 
 @dataclass

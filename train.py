@@ -275,13 +275,6 @@ def main(argv=None):
                 m.to(memory_format=torch.channels_last)
         forward = DDP(forward, gradient_as_bucket_view=True)
 
-    # batches; MixUp and CutMix mix the clips of one process, and each step takes one of the two
-    stop_at = min(total, step + 5) if args.dry_run else min(total, args.max_steps or total)
-    batches = step_batches(num_clips, args.batch_size, step, stop_at, args.seed, rank, world)
-    loader = iter(make_loader(train_set, args.workers, args.timeout, device, batch_sampler=batches))
-    mixes = [v2.MixUp(alpha=args.mixup, num_classes=len(classes))] if args.mixup else []
-    mixes += [v2.CutMix(alpha=args.cutmix, num_classes=len(classes))] if args.cutmix else []
-
     log_file = out_dir / "log.jsonl"
     if writes:                                          # keep the rows of steps before last.pt
         logged = log_file.read_bytes() if resume and log_file.is_file() else b""
@@ -291,6 +284,13 @@ def main(argv=None):
     if master:
         print_run(args, train_set, val_set, model, world, micro)
     del checkpoint
+
+    # batches; MixUp and CutMix mix the clips of one process, and each step takes one of the two
+    stop_at = min(total, step + 5) if args.dry_run else min(total, args.max_steps or total)
+    batches = step_batches(num_clips, args.batch_size, step, stop_at, args.seed, rank, world)
+    loader = iter(make_loader(train_set, args.workers, args.timeout, device, batch_sampler=batches))
+    mixes = [v2.MixUp(alpha=args.mixup, num_classes=len(classes))] if args.mixup else []
+    mixes += [v2.CutMix(alpha=args.cutmix, num_classes=len(classes))] if args.cutmix else []
 
     def save(name):
         """Write another file first, then rename it: a crash leaves the old checkpoint as it was."""
@@ -330,11 +330,11 @@ def main(argv=None):
             result = evaluate(model, val_set, device, rank, world, 4 * micro, args.workers,
                               args.timeout, args.precision)
             del result["probabilities"]
-            log("epoch {epoch}  validation, one centre view: top1 {top1:.2f} top5 {top5:.2f} "
-                "loss {loss:.4f} clips {clips}", kind="eval", step=step, epoch=epoch, **result)
             if result["top1"] > best:
                 best = result["top1"]
                 save("best.pt")
+            log("epoch {epoch}  validation, one centre view: top1 {top1:.2f} top5 {top5:.2f} "
+                "loss {loss:.4f} clips {clips}", kind="eval", step=step, epoch=epoch, **result)
             if writes:
                 draw_curves(out_dir)
             window_start = time.time()

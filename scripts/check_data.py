@@ -308,15 +308,14 @@ def find_clips(splits):
         for index, clip in enumerate(dataset.ids.tolist()):
             name = clip + dataset.suffix
             forms = [name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]
-            if any(os.path.exists(Path(dataset.folder, form)) for form in forms):
-                paths[clip] = dataset.path(index)
-                continue
-            missing[clip] = f"{Path(dataset.folder, name).absolute()} does not exist"
-            if len(missing) <= 20:                      # looking for near names takes seconds each
+            exists = any(os.path.exists(Path(dataset.folder, form)) for form in forms)
+            if exists or len(missing) < 20:             # looking for near names takes seconds each
                 try:
-                    dataset.path(index)
-                except FileNotFoundError as e:
+                    paths[clip] = dataset.path(index)
+                except (FileNotFoundError, ValueError) as e:
                     missing[clip] = str(e)
+            else:
+                missing[clip] = f"{Path(dataset.folder, name).absolute()} does not exist"
     if missing and not paths:
         raise FileNotFoundError(f"none of the {len(missing)} clips exists; the first of them: "
                                 f"{next(iter(missing.values()))}")

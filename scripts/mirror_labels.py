@@ -9,10 +9,10 @@ import re
 
 import numpy as np
 
-SWAP = dict(left="right", l="r", lr="rl", clockwise="counterclockwise")
+SWAP = dict(left="right", l="r", lr="rl", ltr="rtl", ltor="rtol", clockwise="counterclockwise")
 SWAP.update({right: left for left, right in SWAP.items()})
 WORDS = r"left|(?<!up)(?<!b)(?<!copy)right|(?:counter)?clockwise"       # anywhere in a name
-LETTERS = r"\b(?:lr|rl)\b|\b[lr](?=(?:to|hs?)?\b)"                     # also lh, lhs, l to r
+LETTERS = r"\b(?:l(?:to?)?r|r(?:to?)?l)\b|\b[lr](?=(?:to|hs?)?\b)"     # also lh, lhs, l to r
 BETWEEN_WORDS = (r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|"       # camel case
                  r"(?<=[a-zA-Z])(?=\d)|(?<=\d)(?=[a-zA-Z])|[\W_]+")
 
@@ -27,7 +27,7 @@ def mirror_labels(classes):
     """
     names = [re.sub(BETWEEN_WORDS, " ", name).lower() for name in classes]
     names = [re.sub(r"\b(anti|counter) ?(?=clock)|\b[ac](?=cw\b)", "counter", n) for n in names]
-    names = [re.sub(r"cw\b", "clockwise", name) for name in names]
+    names = [re.sub(r"\b(counter)?cw\b", r"\1clockwise", name) for name in names]
     names = [re.sub(r"\b(l|r)(?:f?t|g?h?t)\b", r"\1", name) for name in names]           # lft, rgt
     shapes = [re.sub(r"\b[a-z]\b", "?", name) for name in names]        # "sign ?"
     swapped = []

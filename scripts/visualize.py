@@ -19,6 +19,7 @@ and a line says so. The model is not changed: forward hooks read what flows thro
 ctm, smem, stdm and ptm need matplotlib.
 """
 import argparse
+import os
 import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -787,7 +788,7 @@ def get_args(argv=None):
 def find_path(args, trained):
     """Path and title of the clip that the flags ask for. trained: the flags of training."""
     if args.video:
-        path = Path(args.video).absolute()
+        path = Path(os.path.abspath(args.video))
         path = data.find_clip(path.parent, path.name)
         return path, path.name
     dataset = args.dataset or trained["dataset"]

@@ -353,6 +353,18 @@ def test_the_same_clip_in_training_and_validation_is_reported(tmp_path, monkeypa
     assert code == 0 and ids == set()
 
 
+def test_an_id_that_lies_outside_is_listed(tmp_path, monkeypatch):
+    no_probing(monkeypatch)
+    v1_set(tmp_path / "set", {"1": (grey_frames(2), SIDES[0])})
+    save_frames(tmp_path / "outside", grey_frames(2))
+    for name in ("train", "validation"):
+        (tmp_path / "set" / f"something-something-v1-{name}.csv").write_text(
+            f"1;{SIDES[0]}\n../../outside;{SIDES[1]}\n"
+        )
+    code, printed, skipped, listed = run_check(tmp_path / "set", "ssv1")
+    assert code == 1 and skipped == {"../../outside"} and "lies outside" in listed
+
+
 def test_only_clips_of_equal_size_are_compared(tmp_path, monkeypatch):
     no_probing(monkeypatch)
     for split, sizes in ("train", (10, 20, 20)), ("validation", (30, 40)):
@@ -404,11 +416,10 @@ def test_the_header_of_the_labels_is_reported(tmp_path, monkeypatch):
     own = tmp_path / "own"
     own.mkdir()
     (own / "train.csv").write_text("a 0\nb 1\n")
-    (own / "classes.txt").write_text("id name\n0 run\n1 jump\n")  # a header there does no harm
+    (own / "classes.txt").write_text("id name\n0 run\n1 jump\n")  # then 0 would be "id name"
     for clip in "ab":
         save_frames(own / clip, grey_frames(2))
-    assert not lines_of("header?", run_check(own, "folder")[1])
-    assert data.read_annotations("folder", own, "train")[2] == ["jump", "run"]
+    assert "class 'id name'" in lines_of("header?", run_check(own, "folder")[1])[0]
 
 
 def test_letters_and_plain_words_are_no_headers(tmp_path, monkeypatch):

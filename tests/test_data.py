@@ -366,6 +366,9 @@ def test_mirror_labels_pairs_the_sides_of_something_something():
         ("LHWave", "RHWave"),
         ("Move_1L", "Move_1R"),
         ("turn lft", "turn rgt"),
+        ("turn lft", "turn rght"),
+        ("swipe_ltr", "swipe_rtl"),
+        ("swipe ltor", "swipe rtol"),
     ],
 )
 def test_mirror_labels_finds_a_side_however_it_is_written(a, b):
@@ -987,6 +990,21 @@ def test_a_folder_in_no_layout_hears_what_was_looked_for(tmp_path):
         data.read_annotations("folder", tmp_path, "train")
 
 
+def test_names_that_begin_with_a_number_in_classes_txt(tmp_path):
+    (tmp_path / "train.csv").write_text("a.mp4 0\nb.mp4 1\nc.mp4 2\n")
+    (tmp_path / "classes.txt").write_text("walk\nrun\n1 finger\n")
+    _, labels, classes = data.read_annotations("folder", tmp_path, "train")
+    assert [classes[i] for i in labels] == ["walk", "run", "1 finger"]
+
+
+def test_folders_that_are_named_as_videos(tmp_path):
+    save_frames(tmp_path / "train" / "clap" / "v1.avi", grey_frames(2))
+    save_frames(tmp_path / "train" / "st.mov" / "deep", grey_frames(2))
+    ids, labels, classes = data.read_annotations("folder", tmp_path, "train")
+    assert ids.tolist() == ["train/clap/v1.avi", "train/st.mov/deep"]
+    assert [classes[i] for i in labels] == ["clap", "st.mov"]
+
+
 def test_names_with_blanks_in_classes_txt(tmp_path):
     (tmp_path / "train.csv").write_text("a.mp4 0\nb.mp4 1\n")
     (tmp_path / "classes.txt").write_text("Moving left\nMoving right\n")
@@ -1030,6 +1048,8 @@ def test_paths_of_a_list_are_below_the_data_or_the_clip_root(tmp_path):
     assert dataset[1][0].float().mean() > dataset[0][0].float().mean()
     (clips / "train.csv").write_text("train/swipe_left/a left\ntrain/swipe_right/b right\n")
     again = data.VideoDataset("folder", clips, "train", num_frames=4, size=16, clip_root=root)
+    assert torch.equal(again[1][0], dataset[1][0])
+    dataset.folder = Path(f"{clips}/../own")
     assert torch.equal(again[1][0], dataset[1][0])
     (clips / "train.csv").write_text("../elsewhere left\nb right\n")
     with pytest.raises(ValueError, match="clip ../elsewhere lies outside of"):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -272,6 +273,20 @@ def test_recipes_are_real_flags_and_explicit_flags_win(capsys):
     assert all(set(recipe) <= set(flags) for recipe in train.RECIPES.values()) and set(
         train.FREE
     ) <= set(flags)
+
+
+def test_a_checkpoint_that_is_half_written_leaves_the_old_one(clips, tmp_path, monkeypatch):
+    run(clips, tmp_path / "out", "--max_steps", "2")
+
+    def half(checkpoint, file):
+        Path(file).write_bytes(b"half of it")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="no space"):
+        train_here(clips, tmp_path / "out", "--max_steps", "3", "--resume")
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path / "out" / "last.pt")["step"] == 2
 
 
 # ----- a run -----
