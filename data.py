@@ -77,7 +77,7 @@ def read_folder(root, split):
     return path, rows, [label for _, *labels in train_rows for label in labels]
 
 def list_class_folders(path):
-    """Videos, and folders of frames. The first folder below `path` is the class."""
+    """Videos, and folders of frames with no video inside. The first folder is the class."""
     files = glob.glob("**/*.*", root_dir=path, recursive=True)          # leaves out hidden ones
     videos = {f for f in files if f.lower().endswith(VIDEOS) and os.path.isfile(path / f)}
     frames = {os.path.dirname(f) for f in files if f.lower().endswith(IMAGES)}
@@ -192,8 +192,8 @@ def read_video_file(path, choose, count=None):
             if i in wanted:
                 frames[i] = frame.asnumpy()
     except decord.DECORDLimitReachedError:
-        # i frames came, fewer than decord counts. It also counts those that are never shown: their
-        # times are below 0 (edit list) or another frame's (VP8). If all others came, count i.
+        # Only i frames came. decord also counts frames that are never shown: their time is below 0
+        # (edit list) or that of another frame (VP8). If only such frames are missing, n is i.
         times = reader.get_frame_timestamp(range(n))[:, 0]
         if count or i == 0 or i != len(np.unique(times[times >= 0])):
             raise
@@ -213,7 +213,7 @@ def read_clip(path, choose):
                          "clips, says how to repair them and writes a --skip_list") from e
 
 def read_skip_list(path):
-    """Clip ids in a text file, one per line. Comments begin with #, after two blanks or none."""
+    """Clip ids in a text file, one per line. A # at the start or after two blanks is a comment."""
     return {re.split(r"(^|\s\s)#", line)[0].strip() for line in read_lines(path)} - {""}
 
 # ----- From frames to the input of the model --------------------------------
@@ -253,7 +253,7 @@ class VideoDataset(torch.utils.data.Dataset):
 
     video is uint8 (3, F, S, S), or (views, 3, F, S, S) for several views. label is -1 if unknown.
     train      random frames, crop, RandAugment (of magnitude `augment`) and flip. Otherwise the
-               middle of each segment, in `crops` x `clips` views
+               frames of sample_indices without rng, in `crops` x `clips` views
     mirrored   the label that each class has after a flip; without it there are no flips
     control    for experiments: "shuffle" the frames of a clip, or repeat a "single" one
     skip_list  file with ids of clips to leave out; evaluation counts them as wrong

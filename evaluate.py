@@ -85,8 +85,8 @@ def evaluate(model, dataset, device, rank=0, world=1, batch_size=8, workers=0, t
     """Score a VideoDataset. Leaves the model in eval mode.
 
     Process r takes clips r, r + world, ..., so no clip is counted twice. Returns top1 and top5 in
-    percent of `clips`, which counts those on the skip list, as wrong; loss, without label
-    smoothing; and probabilities (len(dataset), classes), in the data set's order.
+    percent of `clips`, which counts skipped ones as wrong; loss of the averaged probabilities, over
+    the labelled clips; and probabilities (len(dataset), classes), in the data set's order.
     """
     mine = torch.utils.data.Subset(dataset, range(rank, len(dataset), world))
     loader = make_loader(mine, workers, timeout, device, batch_size=batch_size)
@@ -125,7 +125,7 @@ def get_args(argv=None):
     add("--crops", type=int, default=3, choices=(1, 3), help="spatial views")
     add("--clips", type=int, default=1, help="temporal views, each over the whole clip")
     add("--control", choices=("none", "shuffle", "single"), help="if not that of training")
-    add("--skip_list", metavar="FILE", help="unreadable clips, which count as wrong")
+    add("--skip_list", metavar="FILE", help="clips that count as wrong; give training's again")
     add("--save", metavar="FILE", help=".csv: the top 5 of each clip, .npz: all probabilities")
     add("--batch_size", type=int, default=8, help="clips per process at once")
     add("--workers", type=int, default=min(8, cores_per_process()), help="data workers per process")

@@ -10,7 +10,7 @@ Letters of the docstrings, and of data.py (elsewhere F is torch.nn.functional)
     video (B, 3, F, S, S)      x (B, T, 1+N, D)  spatio-temporal tokens, class token first
                                y (B, T, H, W, D)  temporal tokens, no class token
 
-Figure 1 in code (STDFormer.forward_features). This happens in each of the L layers:
+Figure 1 in code (STDFormer.forward_features). One of L layers; only some have SMEM and STDM:
 
     video -- stem --+-- x --[ Block or PTM ]--[ SMEM ]--+-----------(+)-- x   spatio-temporal branch
                     |                        (Table 6)  | query       ^
@@ -41,8 +41,8 @@ def option(default, help, choices=None):
 class ModelConfig:
     """Everything that defines a model. It can express each row of Tables 2 to 7 that we know.
 
-    Positions count layers from 0, as the paper does. None means the paper's best positions, scaled
-    to the depth, and () nowhere. ValueError names a field with an impossible value.
+    Positions count layers from 0, as the paper does. () means nowhere. None means the paper's best,
+    scaled to the depth (for STDM, all it can have). ValueError names a field that is impossible.
     """
     num_classes: int = option(174, "classes; train.py takes them from the data")
     num_frames: int = option(16, "frames per clip; 32 take twice the time of 16")
@@ -116,7 +116,7 @@ def model_config(args, num_classes=174, base=None):
 # ----- Shared pieces --------------------------------------------------------
 
 def conv_tokens(conv, x):
-    """Run a convolution or BatchNorm over channel-last tokens, without copying: (B, ..., C)"""
+    """Run a convolution or BatchNorm over channel-last tokens: (B, ..., C)"""
     return conv(x.movedim(-1, 1)).movedim(1, -1)
 
 class Attention(nn.Module):
@@ -209,8 +209,8 @@ class PTMConv(nn.Module):
     """PTM's convolution path, "2D Conv": what changes from one frame to the next around here?
 
     Section 3.2, Fig. 2: 1x1, 3x3 and 1x1 convolutions that extract "temporal feature from adjacent
-    frames". So the 3x3 runs on the plane (T, H*W), whose rows are frames. Table 3 also tries
-    1x1x1, 3x3x3 and 1x1x1 (dims=3). The paper does not give the width between; we take D/4.
+    frames". So the 3x3 runs on the plane (T, H*W), whose rows are frames. Table 3 also tries 3D; we
+    take 1x1x1, 3x3x3 and 1x1x1 (dims=3). The width between is not given either; we take D/4.
     patches: (B, T, N, D) -> (B, T, N, D), grid: (H, W) with H*W = N
     """
     output_layer = "expand"
@@ -427,9 +427,9 @@ class SMEM(nn.Module):
 class STDFormer(nn.Module):
     """The two branches of Figure 1 (section 3.1): video (B, 3, F, S, S) -> logits (B, num_classes)
 
-    The video comes from data.normalize. F is a multiple of the stem's stride, twice it or more, and
-    S one of the patch size; both may differ from training. Attention is per frame: time enters x
-    only through the stem, PTM's DPE and convolution, STDM and SMEM.
+    The video comes from data.normalize. F is a multiple of the stem's stride, twice it or more. S
+    is a multiple of the patch size. Both may differ from training. x attends within a frame: time
+    enters it only through the stem, PTM's DPE and convolution, STDM and the ST-branch's SMEM.
     Layer i has blocks[i] (a Block or a PTM), ctm[i], stdm[i], smem_t[i] and smem_st[i]. An absent
     STDM or SMEM is an nn.Identity. With checkpointing = True, Blocks and CTMs are computed again in
     the backward pass, which takes less memory and more time.
@@ -631,11 +631,11 @@ def is_clip_parameter(name):
 def load_clip(model, source):
     """Start from CLIP: copy its image tower and silence every new path that adds to x.
 
-    Section 4.2 says that training starts from CLIP, not how. CLIP's patch embedding becomes the
-    centre frame of the stem's kernel, the others are 0 (inflation, Carreira and Zisserman, 2017).
-    All new that adds to x starts at 0: DPE, PTM's convolution, STDM, SMEM in the ST-branch. So x is
-    at first what CLIP makes of single frames, except that a PTM runs CLIP's attention and FFN side
-    by side. CTM and the SMEM of the T-branch are new, and start at random.
+    Section 4.2 says that training starts from CLIP, not how. The centre frame of the stem's kernel
+    is CLIP's patch embedding, the others are 0 (as in ViViT, Arnab et al., 2021). So at stride 2,
+    only every other frame counts at first. DPE, PTM's convolution, STDM and the ST-branch's SMEM
+    add 0 at first. So x is what CLIP makes of single frames, except that a PTM runs CLIP's
+    attention and FFN side by side. CTM, the T-branch's SMEM and the head start at random.
     source: "openai" downloads with open_clip. Otherwise a file: OpenAI's .pt, or a checkpoint of
     open_clip or Hugging Face (.pt, .bin, .safetensors). Its model must be trained with QuickGELU,
     as OpenAI's are. Loading OpenAI's .pt can run code from the file; the others cannot.

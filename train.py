@@ -84,7 +84,7 @@ def get_args(argv=None):
     add("--min_lr", type=float, default=1e-6, help="where the cosine ends")
     add("--clip_lr_scale", type=float, default=1.0, help="factor on --lr for CLIP's parameters")
     add("--freeze_clip", action="store_true", help="train the stem and the new parameters only")
-    add("--weight_decay", type=float, default=0.05, help="of weights, not of biases and norms")
+    add("--weight_decay", type=float, default=0.05, help="not of biases, norms and other vectors")
     add("--grad_clip", type=float, help="largest gradient norm, 0 for no limit")
     add("--label_smoothing", type=float, default=0.1)
     add("--mixup", type=float, help="alpha of MixUp, 0 for none")
@@ -98,11 +98,11 @@ def get_args(argv=None):
     add("--sync_bn", action=on_off, default=True, help="BatchNorm sees the clips of all GPUs")
     add("--log_every", type=int, default=20, help="steps between log lines; a signal waits for one")
     add("--eval_every", type=int, default=1, help="epochs between validations")
-    add("--save_minutes", type=float, default=10, help="time between two last.pt")
+    add("--save_minutes", type=float, default=10, help="time between two last.pt in an epoch")
     add("--max_steps", type=int, help="stop after this step, as if interrupted")
     add("--dry_run", action="store_true", help="five steps, to see time and memory; keep nothing")
     # model: one flag for each field of ModelConfig, except num_classes
-    add("--model", choices=MODELS, help="size of the model, if not that of --init_from")
+    add("--model", choices=MODELS, help="size of the model; --init_from brings its own")
     for f in fields(ModelConfig)[1:]:
         kind = {bool: dict(action=on_off), tuple: dict(type=int, nargs="*", metavar="LAYER")}
         add(f"--{f.name}", help=f.metadata["help"], **kind.get(f.type, dict(type=f.type)))
@@ -125,7 +125,7 @@ def get_lr(step, total, warmup, peak, floor=0.0):
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 def param_groups(model, weight_decay, clip_lr_scale=1.0):
-    """AdamW's groups: (CLIP's parameters, new ones) x (weights with decay, biases and norms)."""
+    """AdamW's groups: (CLIP's parameters, new ones) x (tables and kernels with decay, the rest)."""
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -254,7 +254,7 @@ def main(argv=None):
     elif args.clip != "none" and master:                # DDP sends rank 0's weights to the others
         print("CLIP weights: {} tensors loaded, {} new".format(*load_clip(model, args.clip)))
     for name, p in model.named_parameters():
-        frozen = is_clip_parameter(name) and name != "conv1.weight"     # new frames of the stem
+        frozen = is_clip_parameter(name) and name != "conv1.weight"     # it has new frames
         p.requires_grad = not (args.freeze_clip and frozen)
     model.checkpointing = args.checkpointing
     model.to(device)
@@ -372,7 +372,7 @@ def main(argv=None):
         loss, finite = sum(losses) / len(losses), [n for n in norms if math.isfinite(n)]
         skipped = len(norms) - len(finite)              # by the scaler, in fp16
         if not math.isfinite(loss) or (skipped and not scaler.is_enabled()):
-            raise FloatingPointError(f"loss {loss}, gradient norm {sum(norms)} up to step {step} "
+            raise FloatingPointError(f"loss {loss}, summed gradient norm {sum(norms)}, step {step} "
                                      f"at lr {lr:.2e}: lower --lr or lengthen --warmup_epochs")
         seconds = time.time() - window_start
         log("epoch {epoch:6.2f}  step {step}/{total}  loss {loss:.4f}  lr {lr:.2e}  grad "

@@ -141,6 +141,7 @@ def differences(out, expected):
     for name in ("last.pt", "best.pt"):
         a, b = load_checkpoint(out / name), load_checkpoint(expected / name)
         a["args"] = b["args"]                           # --out_dir and --resume may differ
+        a["log_bytes"] = b["log_bytes"]                 # seconds have more or fewer digits
         found += [f"{name}: {k}" for k in a.keys() | b.keys() if not same(a.get(k), b.get(k))]
     rows, others = log_rows(out), log_rows(expected)
     if [r for r in rows if r["kind"] == "eval"] != [r for r in others if r["kind"] == "eval"]:
