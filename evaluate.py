@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 import data
 from model import ModelConfig, STDFormer, load_checkpoint, require_same_shapes
-from scripts.output import print_result, print_top5, run_program, save_predictions
+from scripts.guards import run_program
+from scripts.output import print_result, print_top5, save_predictions
 
 # ----- Processes and devices (train.py uses these, too) ---------------------
 
@@ -165,7 +166,6 @@ def main(argv=None):
                 print_top5(path, rows[-1][0], classes)
         predictions = [str(path) for path in paths], [-1] * len(paths), torch.cat(rows)
     else:
-        # With another --data_root, the clip_root of training does not hold.
         dataset = data.VideoDataset(
             args.dataset or train_args["dataset"], args.data_root or train_args["data_root"],
             args.split, frames, size, crops=args.crops, clips=args.clips, skip_list=args.skip_list,

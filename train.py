@@ -32,8 +32,9 @@ from evaluate import (autocast, cores_per_process, evaluate, make_loader, pick_d
                       setup_processes)
 from model import (MODELS, ModelConfig, STDFormer, is_clip_parameter, load_checkpoint, load_clip,
                    model_config, require_same_shapes, resize_positions)
+from scripts.guards import check_resume, run_program
 from scripts.mirror_labels import mirror_labels
-from scripts.output import print_run, run_program
+from scripts.output import print_run
 from scripts.plots import draw_curves
 from scripts.toy_data import make_toy
 
@@ -48,10 +49,6 @@ PAPER = dict(model="b16", clip="openai", epochs=22, warmup_epochs=5.0, batch_siz
 TOY = dict(model="tiny", clip="none", epochs=4, warmup_epochs=0.4, batch_size=16, lr=1e-3,
            crop_scale=0.5, randaugment=0, grad_clip=1.0, mixup=0.0, cutmix=0.0)
 RECIPES = {"paper": PAPER, "toy": TOY}
-# A resumed run may change these flags: it still sees the same clips, by the same recipe.
-FREE = ("resume", "out_dir", "data_root", "clip_root", "init_from", "clip", "workers", "timeout",
-        "device", "precision", "compile", "checkpointing", "log_every", "eval_every",
-        "save_minutes", "max_steps", "dry_run")
 
 def get_args(argv=None):
     """Read the flags. The recipe sets defaults, a flag on the command line wins."""
@@ -164,18 +161,37 @@ def init_from(model, checkpoint, path, classes):
     require_same_shapes(f"--init_from {path}", state, own)
     model.load_state_dict(state)
 
-def check_resume(checkpoint, **now):
-    """ValueError if this is not the run that was stopped. A newer flag counts as unchanged."""
-    before = {**now, **checkpoint["args"], **{k: checkpoint[k] for k in ("classes", "clips")}}
-    changed = [f"{name} was {str(before[name])[:60]}, is {str(value)[:60]}"
-               for name, value in now.items() if name not in FREE and before[name] != value]
-    if changed:
-        raise ValueError("--resume needs the same run: " + "; ".join(changed))
+def set_weights(model, args, checkpoint, resume, classes, master):
+    """Take the weights of last.pt, of another run or of CLIP, and say which of them learn.
+
+    --freeze_clip leaves the stem to learn: it has new frames, which start at 0.
+    """
+    if resume:
+        model.load_state_dict(checkpoint["model"])
+    elif args.init_from:
+        init_from(model, checkpoint, args.init_from, classes)
+    elif args.clip != "none" and master:                # DDP sends rank 0's weights to the others
+        print("CLIP weights: {} tensors loaded, {} new".format(*load_clip(model, args.clip)))
+    for name, p in model.named_parameters():
+        frozen = is_clip_parameter(name) and name != "conv1.weight"
+        p.requires_grad = not (args.freeze_clip and frozen)
+
+def wrap(model, args, world):
+    """The model as training calls it: compiled, and in DDP if there are several processes."""
+    if world > 1 and args.sync_bn and next(model.parameters()).is_cuda:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # changes the model itself
+    forward = torch.compile(model) if args.compile else model
+    if world > 1:
+        for m in model.modules():                       # avoids a warning of DDP about strides
+            if isinstance(m, nn.Conv2d) and m.groups > 1:
+                m.to(memory_format=torch.channels_last)
+        forward = DDP(forward, gradient_as_bucket_view=True)
+    return forward
 
 def train_step(forward, model, video, label, optimizer, scaler, args, micro):
     """Forward, backward and update for one batch, `micro` clips at a time.
 
-    forward: the model, as torch.compile and DDP wrap it
+    forward: the model as wrap() returns it
     video: (B, 3, F, S, S), label: (B,) or (B, classes) -> loss and gradient norm, (2,)
     """
     model.train()
@@ -211,8 +227,7 @@ def main(argv=None):
         args.precision = "bf16" if bf16 else "fp16" if device.type == "cuda" else "fp32"
     micro = args.micro_batch or max(1, args.batch_size // world)
     if args.batch_size % (world * micro):
-        raise ValueError(f"--batch_size {args.batch_size} must be a multiple of {world} processes "
-                         f"x --micro_batch {micro}")
+        raise ValueError(f"--batch_size must be a multiple of {world} x --micro_batch {micro}")
 
     # output folder
     out_dir, last = Path(args.out_dir), Path(args.out_dir, "last.pt")
@@ -244,36 +259,19 @@ def main(argv=None):
     # model, weights, optimizer
     torch.manual_seed(args.seed)
     model = STDFormer(config)
-    step, best = 0, -1.0
     if resume:
         check_resume(checkpoint, classes=classes, clips=num_clips, **vars(args))
-        model.load_state_dict(checkpoint["model"])
-        step, best = checkpoint["step"], checkpoint["best"]
-    elif args.init_from:
-        init_from(model, checkpoint, args.init_from, classes)
-    elif args.clip != "none" and master:                # DDP sends rank 0's weights to the others
-        print("CLIP weights: {} tensors loaded, {} new".format(*load_clip(model, args.clip)))
-    for name, p in model.named_parameters():
-        frozen = is_clip_parameter(name) and name != "conv1.weight"     # it has new frames
-        p.requires_grad = not (args.freeze_clip and frozen)
+    set_weights(model, args, checkpoint, resume, classes, master)
+    step, best = (checkpoint["step"], checkpoint["best"]) if resume else (0, -1.0)
     model.checkpointing = args.checkpointing
     model.to(device)
-    if world > 1 and device.type == "cuda" and args.sync_bn:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    forward = wrap(model, args, world)  # for training; checkpoints and evaluation use the plain one
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay, args.clip_lr_scale),
                                   fused=device.type != "mps")
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     if resume:
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())     # {}: not in fp16
-
-    # what training calls; `model` stays the plain one, for checkpoints and evaluation
-    forward = torch.compile(model) if args.compile else model
-    if world > 1:
-        for m in model.modules():                       # avoids a warning of DDP about strides
-            if isinstance(m, nn.Conv2d) and m.groups > 1:
-                m.to(memory_format=torch.channels_last)
-        forward = DDP(forward, gradient_as_bucket_view=True)
 
     log_file = out_dir / "log.jsonl"
     if writes:                                          # keep the rows of steps before last.pt
@@ -367,7 +365,7 @@ def main(argv=None):
         stats = torch.stack([*window, torch.tensor([len(signals), 0.0], device=device)])
         if world > 1:
             dist.all_reduce(stats)
-        *rows, (stopped, _) = (stats / world).tolist()
+        *rows, (stopped, _) = (stats / world).tolist()  # stopped is not 0 if any got a signal
         losses, norms = zip(*rows)
         loss, finite = sum(losses) / len(losses), [n for n in norms if math.isfinite(n)]
         skipped = len(norms) - len(finite)              # by the scaler, in fp16

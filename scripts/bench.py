@@ -35,7 +35,7 @@ import data
 from evaluate import autocast, pick_device
 from model import MODELS, Block, build_model
 from scripts.describe import count_macs
-from scripts.output import run_program
+from scripts.guards import run_program
 from scripts.variants import FrameViT
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 from evaluate import cores_per_process
 from model import load_checkpoint, model_config
-from scripts.output import run_program
+from scripts.guards import run_program
 from train import get_args, make_datasets
 
 # ----- The structure of video files -----------------------------------------

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import STDFormer, model_config
-from scripts.output import run_program
+from scripts.guards import run_program
 from train import get_args
 
 # ----- Counting -------------------------------------------------------------

@@ -1,38 +1,9 @@
-"""What a person sees of train.py, evaluate.py and the scripts: first lines, predictions, errors."""
+"""What a person sees of train.py and evaluate.py: first lines, accuracy, predictions."""
 import csv
-import multiprocessing
-import signal
-import sys
-from pathlib import Path
 
 import numpy as np
 
 from scripts.mirror_labels import mirror_labels
-
-REMEDIES = {"shared memory": "give the container more with --shm-size=8g, or take fewer --workers",
-            "DataLoader": "scripts/check_data.py finds clips that crash or hang the decoder",
-            "out of memory": "lower --batch_size, or train with --checkpointing or --micro_batch"}
-
-
-def run_program(main):
-    """Run a command. An error that its user can fix is one line, others keep their traceback."""
-    sys.stdout.reconfigure(errors="replace")    # class names that the terminal cannot show
-    try:
-        main()
-    except (ValueError, OSError, FloatingPointError) as e:
-        sys.exit(f"{Path(sys.argv[0]).name}: {e}")
-    except RuntimeError as e:
-        text = f"{e} {e.__cause__}"
-        for word, remedy in REMEDIES.items():           # "Caught ...": Python code in a worker
-            if word in text and (word == "shared memory" or "Caught" not in text):
-                print(f"To fix this, {remedy}.", file=sys.stderr)
-                break
-        raise
-    finally:
-        if hasattr(signal, "SIGCHLD"):          # or PyTorch reports the workers that we kill
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for worker in multiprocessing.active_children():
-            worker.kill()                       # they ignore SIGTERM, and one may hang
 
 
 def print_run(args, train_set, val_set, model, world, micro):

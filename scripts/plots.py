@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from scripts.output import run_program
+from scripts.guards import run_program
 
 BLUE, ORANGE = "#0072B2", "#D55E00"             # colours that colour-blind readers tell apart
 MANY = 30                                       # with more classes, columns have numbers for names

@@ -52,7 +52,7 @@ import model
 import train
 from model import (CPE, CTM, DPE, MLP, PTM, SMEM, STDM, Attention, Block, PTMConv, STDFormer,
                    conv_tokens, zero_output)
-from scripts.output import run_program
+from scripts.guards import run_program
 
 # ----- Other architectures --------------------------------------------------
 

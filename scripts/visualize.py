@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 import data
 from evaluate import pick_device, predict
 from model import PTM, ModelConfig, STDFormer, load_checkpoint
-from scripts.output import run_program
+from scripts.guards import run_program
 from scripts.toy_data import TOY_CLASSES, toy_render, toy_scene
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from scripts.output import run_program
+from scripts.guards import run_program
 from model import MODELS, ModelConfig, STDFormer, build_model
 from scripts import describe
 from scripts.describe import count_macs, video_of

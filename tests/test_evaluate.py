@@ -25,7 +25,7 @@ import data
 import evaluate
 from conftest import ROOT, SMALL_MODEL, run_two_ranks
 from model import build_model
-from scripts import output
+from scripts import guards, output
 
 CLASSES = ["Closing something", "Moving something, then dropping it", "Opening something"]
 LAST_LINE = re.compile(r"top1 (\d+\.\d\d) top5 (\d+\.\d\d) clips (\d+) views (\d+x\d+x\d+)")
@@ -393,7 +393,7 @@ def test_a_foreign_checkpoint_is_one_clear_error(tmp_path, monkeypatch, kind):
 @pytest.fixture
 def no_workers(monkeypatch):
     """run_program kills the data workers of its process, which may be another test's."""
-    monkeypatch.setattr(output.multiprocessing, "active_children", list)
+    monkeypatch.setattr(guards.multiprocessing, "active_children", list)
 
 
 @pytest.mark.parametrize("kind", (ValueError, OSError, FloatingPointError))
@@ -402,7 +402,7 @@ def test_what_a_person_can_mend_is_one_line(kind, no_workers):
         raise kind("clip 7 is broken")
 
     with pytest.raises(SystemExit) as e:
-        output.run_program(main)
+        guards.run_program(main)
     assert str(e.value).endswith(": clip 7 is broken") and "\n" not in str(e.value)
 
 
@@ -433,7 +433,7 @@ def test_a_runtime_error_keeps_its_traceback_and_gets_its_remedy(text, remedy, c
         raise RuntimeError(text)
 
     with pytest.raises(RuntimeError) as e:
-        output.run_program(main)
+        guards.run_program(main)
     assert str(e.value) == text
     printed = capsys.readouterr().err
     assert remedy in printed if remedy else not printed.strip()
@@ -445,7 +445,7 @@ def test_after_an_error_pytorch_does_not_report_the_workers_that_are_killed(tmp_
         "import sys, time, torch\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         "import evaluate\n"
-        "from scripts import output\n"
+        "from scripts import guards\n"
         "class Items(torch.utils.data.Dataset):\n"
         "    def __len__(self): return 8\n"
         "    def __getitem__(self, i):\n"
@@ -453,7 +453,7 @@ def test_after_an_error_pytorch_does_not_report_the_workers_that_are_killed(tmp_
         "        time.sleep(60)\n"
         "def main():\n"
         "    list(evaluate.make_loader(Items(), 2, 50, torch.device('cpu'), batch_size=1))\n"
-        "output.run_program(main)\n"
+        "guards.run_program(main)\n"
     )
     done = subprocess.run(
         [sys.executable, tmp_path / "broken.py"], stderr=subprocess.PIPE, text=True, timeout=300

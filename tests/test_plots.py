@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from scripts.output import run_program, save_predictions
 from scripts import plots
+from scripts.guards import run_program
+from scripts.output import save_predictions
 
 CLASSES = ["Closing", "Opening, then closing", "Opening"]
 

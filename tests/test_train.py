@@ -23,6 +23,7 @@ import model
 import train
 from conftest import ROOT, SMALL_MODEL, run_two_ranks
 from model import build_model, load_checkpoint
+from scripts import guards
 from scripts.variants import VARIANTS, FrozenBNFormer
 
 CLASSES = [
@@ -271,7 +272,7 @@ def test_recipes_are_real_flags_and_explicit_flags_win(capsys):
     assert e.value.code == 2 and "--learning_rate" in capsys.readouterr().err
     flags = vars(train.get_args([]))
     assert all(set(recipe) <= set(flags) for recipe in train.RECIPES.values()) and set(
-        train.FREE
+        guards.FREE
     ) <= set(flags)
 
 
