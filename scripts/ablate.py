@@ -34,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 import data
 from model import MODELS, STDFormer, model_config
 from scripts.describe import count_macs, video_of
+from scripts.guards import run_program
 from scripts.variants import VARIANTS
 from train import get_args
 
@@ -662,8 +663,6 @@ def main(argv=None):
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, stop)
     try:
-        sys.exit(main())
+        run_program(lambda: sys.exit(main()))
     except KeyboardInterrupt:
         sys.exit("ablate.py: stopped; the same command goes on")
-    except (ValueError, OSError) as e:
-        sys.exit(f"ablate.py: {e}")

@@ -480,7 +480,7 @@ def main(argv=None):
         return
     add("--dataset", default="toy", choices=data.LAYOUTS, help="see the top of data.py")
     add("--data_root", help="folder of the data set (default: datasets/DATASET)")
-    add("--clip_root", help="folder of the clips, if not DATA_ROOT")
+    add("--clip_root", help="folder around the clips, if not DATA_ROOT")
     add("--out", default="skip_list.txt", help="skip list to write")
     add("--jobs", type=int, default=cores_per_process(), help="processes that decode clips")
     add("--timeout", type=float, default=60,

@@ -42,15 +42,15 @@ def print_result(result, dataset, views):
               f"views {views}")
 
 
-def top5(probabilities, classes):
-    """[(name, probability)] of the five most likely classes. probabilities: (classes,)"""
-    top = probabilities.topk(min(5, len(classes)))
+def top_classes(probabilities, classes, k=5):
+    """[(name, probability)] of the k most likely classes. probabilities: (classes,)"""
+    top = probabilities.topk(min(k, len(classes)))
     return [(classes[i], p) for p, i in zip(top.values.tolist(), top.indices.tolist())]
 
 
 def print_top5(path, probabilities, classes):
     print(path)
-    for name, p in top5(probabilities, classes):
+    for name, p in top_classes(probabilities, classes):
         print(f"  {100 * p:6.2f} %  {name}")
 
 
@@ -62,5 +62,5 @@ def save_predictions(path, ids, labels, probabilities, classes):
     with open(path, "w", newline="", encoding="utf-8") as f:
         f.write("id,label,top1,p1,top2,p2,top3,p3,top4,p4,top5,p5\r\n")
         for clip, label, p in zip(ids, labels, probabilities):
-            pairs = [x for name, q in top5(p, classes) for x in (name, f"{q:.5f}")]
+            pairs = [x for name, q in top_classes(p, classes) for x in (name, f"{q:.5f}")]
             csv.writer(f).writerow([clip, classes[label] if label >= 0 else "", *pairs])

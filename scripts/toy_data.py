@@ -24,6 +24,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from scripts.guards import run_program
+
 TOY_VERSION = 1
 TOY_SIZE = 64                                           # pixels, square
 TOY_CLASSES = (                                         # each motion, and the same in reverse
@@ -322,7 +325,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        sys.exit(f"toy_data.py: {e}")
+    run_program(main)

@@ -38,6 +38,7 @@ import data
 from evaluate import pick_device, predict
 from model import PTM, ModelConfig, STDFormer, load_checkpoint
 from scripts.guards import run_program
+from scripts.output import top_classes
 from scripts.toy_data import TOY_CLASSES, toy_render, toy_scene
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
@@ -356,12 +357,11 @@ def draw_arrow(draw, start, step, largest_head, width):
 def draw_top(draw, y, probability, classes, rows):
     """The most likely classes, from y on downwards: percent, and the name over a bar."""
     left = 60
-    top = probability.topk(min(rows, len(classes)))
-    for k, (p, i) in enumerate(zip(top.values.tolist(), top.indices.tolist())):
+    for k, (name, p) in enumerate(top_classes(probability, classes, rows)):
         row = y + 27 * k
         draw.rectangle((left, row, left + 1 + p * (WIDTH - left - 2), row + 24), fill=PALE_BLUE)
         draw.text((left - 7, row + 12), f"{100 * p:.0f} %", INK, font(), anchor="rm")
-        name, = wrap(classes[i], WIDTH - left - 10, SMALL, lines=1)
+        name, = wrap(name, WIDTH - left - 10, SMALL, lines=1)
         draw.text((left + 6, row + 12), name, INK, font(), anchor="lm")
 
 
@@ -764,7 +764,7 @@ def get_args(argv=None):
     p.add_argument("--clip", metavar="ID", help="a clip of the data set, instead of --video")
     p.add_argument("--dataset", choices=data.LAYOUTS, help="of --clip, if not that of training")
     p.add_argument("--data_root", help="folder of the data set, if it has moved")
-    p.add_argument("--clip_root", help="folder of the clips, if not DATA_ROOT")
+    p.add_argument("--clip_root", help="folder around the clips, if not DATA_ROOT")
     p.add_argument("--out", default="pictures", metavar="DIR", help="folder for the pictures")
     p.add_argument("--only", nargs="+", choices=PICTURES, default=list(PICTURES), metavar="NAME",
                    help=f"some of {', '.join(PICTURES)}; relevance takes the most time")

@@ -162,8 +162,8 @@ def test_top1_and_top5_by_hand():
     )
     assert (result["top1"], result["top5"], result["clips"]) == (50, 75, 4)
     assert (
-        output.top5(result["probabilities"][0], "abc")[0][0] == "c"
-        and len(output.top5(result["probabilities"][0], "abc")) == 3
+        output.top_classes(result["probabilities"][0], "abc")[0][0] == "c"
+        and len(output.top_classes(result["probabilities"][0], "abc")) == 3
     )
 
 
