@@ -42,7 +42,7 @@ class ModelConfig:
     """Everything that defines a model. It can express each row of Tables 2 to 7 that we know.
 
     Positions count layers from 0, as the paper does. () means nowhere. None means the paper's best,
-    scaled to the depth (for STDM, all it can have). ValueError names a field that is impossible.
+    scaled to the depth (for STDM, all it can have). ValueError names a field with a wrong value.
     """
     num_classes: int = option(174, "classes; train.py takes them from the data")
     num_frames: int = option(16, "frames per clip; 32 take twice the time of 16")
