@@ -4,23 +4,24 @@
             something-something-v1-{labels,train,validation,test}.csv
     ssv2    20bn-something-something-v2/<id>.webm
             something-something-v2-{labels,train,validation,test}.json
-    folder  {train,validation}/<class>/<clip>.mp4, or a folder of frames for each clip;
-            or {train,validation}.csv with lines "path label", and classes.txt to name numbers
+    folder  {train,validation}/<class>/<clip>.mp4, or a folder of frames for each clip; or lists,
+            {train,validation}.csv with lines "path label", which count if there are both
     toy     made by scripts/toy_data.py, in the layout of ssv1
 
 One clip, from disk to the model:
 
-    read_annotations -> sample_indices -> read_clip -> train_transform, eval_views -> normalize
-    id, label           16 frame numbers  uint8 frames 224 x 224 crops                float32
+    read_annotations -> read_clip -> train_transform or eval_views -> normalize
+    id and label        16 frames    224 x 224 crops, uint8           float32, on the device
 
-A sample follows from (seed, epoch, index) alone, whatever the number of data workers.
+A training sample depends only on (seed, epoch, index, repetition), whatever the number of workers.
 """
-import glob
+import csv
 import json
 import os
 import re
+import signal
+import sys
 import unicodedata
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -34,74 +35,157 @@ IMAGES = (".jpg", ".jpeg", ".png")
 VIDEOS = (".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp")
 
 # ----- Annotations ----------------------------------------------------------
+# A reader returns the file or folder that it has read, a row (clip, class) for each clip of a split
+# (class None if the split has no labels), and the names of all classes.
 
 def find_file(root, *patterns):
     """The first file or folder that matches a pattern, in `root` or in `root`/labels."""
     for pattern in patterns:
-        for path in [*sorted(Path(root).glob(pattern)), *Path(root, "labels").glob(pattern)]:
-            return path
-    raise FileNotFoundError(f"{root} holds no {' or '.join(patterns)}; give the folder around that "
-                            "as --data_root or --clip_root (layouts: see the top of data.py)")
+        found = sorted(Path(root).glob(pattern)) + sorted(Path(root, "labels").glob(pattern))
+        if found:
+            return found[0]
+    raise FileNotFoundError(f"{root} has no {' or '.join(patterns)}; the layouts of data sets are "
+                            "described at the top of data.py")
 
 def read_lines(path):
+    """The lines of a text file that are not blank."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()     # drops a BOM
+        text = Path(path).read_text(encoding="utf-8-sig")       # without the mark that Excel writes
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8 text, save it as such: {e}") from e
-    return [line.strip() for line in lines if line.strip()]
+        raise ValueError(f"{path} is not UTF-8 text; save it as UTF-8 ({e})") from e
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
-def clean(name):
-    """A class name without V2's [brackets] and without double blanks."""
-    return " ".join(re.sub(r"[\[\]]", "", name).split())
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except ValueError as e:
+        raise ValueError(f"{path} is not valid JSON: {e}") from e
+
+def read_ssv1_list(path):
+    """Lines "id;class", or "id" where the classes are not public."""
+    rows = []
+    for line in read_lines(path):
+        clip, separator, name = line.partition(";")
+        rows.append((clip, name if separator else None))
+    return rows
 
 def read_ssv1(root, split):
-    path, labels = (find_file(root, f"*-v1-{name}.csv") for name in (split, "labels"))
-    return path, [line.split(";", 1) for line in read_lines(path)], read_lines(labels)
+    path = find_file(root, f"*-v1-{split}.csv")
+    classes = read_lines(find_file(root, "*-v1-labels.csv"))
+    return path, read_ssv1_list(path), classes
 
 def read_ssv2(root, split):
     path = find_file(root, f"something-something-v2-{split}.json", f"{split}.json")
     labels = find_file(root, "something-something-v2-labels.json", "labels.json")
-    clips = json.loads(path.read_text(encoding="utf-8-sig"))
-    rows = [[clip[key] for key in ("id", "template") if key in clip] for clip in clips]
     answers = path.with_name("test-answers.csv")
     if split == "test" and answers.is_file():
-        rows = [line.split(";", 1) for line in read_lines(answers)]
-    return path, rows, json.loads(labels.read_text(encoding="utf-8-sig"))
+        return answers, read_ssv1_list(answers), list(read_json(labels))
+
+    expected = {"id"} if split == "test" else {"id", "template"}
+    rows = []
+    for clip in read_json(path):
+        if not isinstance(clip, dict) or not expected <= clip.keys():
+            raise ValueError(f"{path} has the entry {str(clip)[:80]}, expected a list of objects "
+                             f"with the keys {' and '.join(sorted(expected))}")
+        name = clip.get("template")
+        if name is not None:
+            name = name.replace("[", "").replace("]", "")       # [something]
+        rows.append((str(clip["id"]), name))
+    return path, rows, list(read_json(labels))
 
 def read_folder(root, split):
-    """Class folders, or else a list. The classes are those of the training split."""
-    names = ("validation", "val") if split == "validation" else (split,)
-    path = find_file(root, *(name + end for end in ("/", ".csv", ".txt") for name in names))
-    rows = read_list(root, path) if path.is_file() else list_class_folders(path)
+    """Own data: a list if there is one, else class folders. The classes are those of training."""
+    path = find_split(root, split)
+    rows = read_class_folders(path) if path.is_dir() else read_list(path, split)
     train_rows = rows if split == "train" else read_folder(root, "train")[1]
-    return path, rows, [label for _, *labels in train_rows for label in labels]
+    return path, rows, [name for _, name in train_rows]
 
-def list_class_folders(path):
-    """Videos, and folders of frames with no video inside. The first folder is the class."""
-    files = glob.glob("**/*.*", root_dir=path, recursive=True)          # leaves out hidden ones
-    videos = {f for f in files if f.lower().endswith(VIDEOS) and os.path.isfile(path / f)}
-    frames = {os.path.dirname(f) for f in files if f.lower().endswith(IMAGES)}
-    clips = videos | (frames - {os.path.dirname(video) for video in videos})
-    return sorted((f"{path.name}/{clip}", *Path(clip).parts[:-1][:1]) for clip in clips)
+def find_split(root, split):
+    names = ("validation", "val") if split == "validation" else (split,)
+    for suffix in (".csv", ".txt", ""):                 # "" is the folder
+        for name in names:
+            path = Path(root, name + suffix)
+            if path.exists():
+                return path
+    raise FileNotFoundError(f"{root} has no {split} split, expected a list {root}/{split}.csv, or "
+                            f"a folder {root}/{split} with a folder for each class")
 
-def read_list(root, path):
-    """Lines "path label". A classes.txt names the labels that are numbers."""
-    rows, class_names = [], Path(root, "classes.txt")
-    for line in read_lines(path):
-        separator = next((s for s in "\t;," if s in line), None)        # None: blanks
-        rows.append([field.strip() for field in line.split(separator)])
-        if len(rows[-1]) > 2:
-            raise ValueError(f"{path} has the line {line!r}, expected a path and a label, "
-                             "with a tab between them if they hold blanks or commas")
-    if class_names.is_file():                           # lines "number name", or names from 0 on
-        lines = read_lines(class_names)
-        if not all(re.match(r"\d+\s", line) for line in lines):
-            lines = [f"{i} {line}" for i, line in enumerate(lines)]
-        named = dict(line.split(maxsplit=1) for line in lines)
-        if unnamed := {x for row in rows for x in row[1:] if x.isdecimal()} - {*named}:
-            raise ValueError(f"{class_names} has no name for the label {min(unnamed)} of {path}")
-        rows = [[clip, *(named.get(label, label) for label in labels)] for clip, *labels in rows]
+def is_hidden(name):
+    """Files of the system, such as .DS_Store, ._clip.mp4 and @eaDir, are not data."""
+    return name.startswith((".", "@"))
+
+def read_class_folders(folder):
+    """Rows of folder/CLASS/CLIP, where all clips are videos, or all are folders of frames."""
+    videos, frame_folders = [], []
+    for class_folder in sorted(folder.iterdir()):
+        if is_hidden(class_folder.name):
+            continue
+        if class_folder.suffix.lower() in VIDEOS and class_folder.is_file():
+            raise ValueError(f"{class_folder} is not in the folder of a class, expected "
+                             f"{folder}/CLASS/{class_folder.name}")
+        if not class_folder.is_dir():
+            continue
+        before = len(videos) + len(frame_folders)
+        for clip in sorted(class_folder.iterdir()):
+            row = (f"{folder.name}/{class_folder.name}/{clip.name}", class_folder.name)
+            if is_hidden(clip.name):
+                continue
+            if clip.is_dir():
+                if not list_images(clip):
+                    raise ValueError(f"{clip} has no frames; a clip, which is a video or a folder "
+                                     "of frames, must be directly in the folder of its class")
+                frame_folders.append(row)
+            elif clip.suffix.lower() in VIDEOS:
+                videos.append(row)
+        if len(videos) + len(frame_folders) == before:
+            raise ValueError(f"{class_folder} has no clips, expected videos ({' '.join(VIDEOS)}) "
+                             "or a folder of frames for each clip")
+    if videos and frame_folders:
+        raise ValueError(f"{folder} has both videos and folders of frames, such as {videos[0][0]} "
+                         f"and {frame_folders[0][0]}; remove one kind")
+    return videos + frame_folders
+
+def read_list(path, split):
+    """Lines "path label". A tab, semicolon or comma separates them, or a blank if there is none.
+
+    If there is a classes.txt beside the list, it names the labels.
+    """
+    lines = read_lines(path)
+    separator = " "
+    for s in (",", ";", "\t"):
+        if lines and s in lines[0]:
+            separator = s
+    names = read_class_names(path.with_name("classes.txt"))
+    rows = []
+    for fields in csv.reader(lines, delimiter=separator, skipinitialspace=True):
+        line = separator.join(fields)
+        if len(fields) == 1 and split == "test":
+            fields.append(None)
+        if len(fields) != 2:
+            raise ValueError(f"{path} has the line {line!r} with {len(fields)} columns, expected a "
+                             f"path and a label with {separator!r} between them")
+        clip, label = fields
+        if "\\" in clip:
+            raise ValueError(f"{path} has the path {clip}, expected / instead of \\")
+        if names and label is not None:
+            if label not in names:
+                raise ValueError(f"{path} has the line {line!r}, whose label is not a number of "
+                                 "classes.txt")
+            label = names[label]
+        rows.append((clip, label))
     return rows
+
+def read_class_names(path):
+    """{number: name} of the lines "number name" of a classes.txt, or {} if there is none."""
+    names = {}
+    if path.is_file():
+        for line in read_lines(path):
+            number, _, name = line.partition(" ")
+            if not number.isdecimal() or not name or number in names or name in names.values():
+                raise ValueError(f"{path} has the line {line!r}, expected a number and a name with "
+                                 "a blank between them, each only once")
+            names[number] = name
+    return names
 
 LAYOUTS = {                                             # reader, folder of the clips, their suffix
     "ssv1": (read_ssv1, "20bn-*-v1", ""),
@@ -110,167 +194,269 @@ LAYOUTS = {                                             # reader, folder of the 
     "toy": (read_ssv1, "20bn-*-v1", ""),
 }
 
-def read_annotations(dataset, root, split):
-    """Clip ids, labels (-1 if a test split has none) and class names of a split.
+def clean(name):
+    """A class name in one Unicode form, without double blanks."""
+    return " ".join(unicodedata.normalize("NFC", name).split())
 
-    Classes are numbered by their sorted names, as V2's are. ValueError says what a list has wrong.
+def read_annotations(dataset, root, split):
+    """The clips of a split: ids, labels (-1 if unknown), class names, and the list or folder read.
+
+    Classes are numbered in the order of their sorted names, which is V2's own order. ValueError if
+    a list is malformed, FileNotFoundError if there is none.
     """
-    path, rows, classes = LAYOUTS[dataset][0](root, split)
+    read, _, _ = LAYOUTS[dataset]
+    source, rows, classes = read(root, split)
     classes = sorted({clean(name) for name in classes})
-    number = {name: i for i, name in enumerate(classes)}
-    listed, labels = Counter(row[0] for row in rows), []
-    for clip, *name in rows:
-        label = number.get(clean(name[0])) if name else -1
-        if label is None or (label < 0 and split != "test"):
-            raise ValueError(f"{path}: the class of clip {clip} is {''.join(name) or 'missing'}, "
-                             f"expected one of {len(classes)}, such as {classes[:2]}")
-        if listed[clip] > 1:
-            raise ValueError(f"{path}: clip {clip} is listed {listed[clip]} times, expected once")
-        labels.append(label)
-    return np.array([row[0] for row in rows]), np.array(labels, dtype=np.int64), classes
+    numbers = {name: i for i, name in enumerate(classes)}
+    if not rows:
+        raise ValueError(f"{source} has no clips")
+
+    ids, labels, seen = [], [], set()
+    for clip, name in rows:
+        if clip in seen:
+            raise ValueError(f"{source} has the clip {clip} more than once")
+        if name is None and split != "test":
+            raise ValueError(f"{source} has no class for the clip {clip}")
+        if name is not None and clean(name) not in numbers:
+            raise ValueError(f"{source} has the class {name!r} for the clip {clip}, expected one "
+                             f"of {len(classes)} classes such as {classes[0]!r}")
+        seen.add(clip)
+        ids.append(clip)
+        labels.append(-1 if name is None else numbers[clean(name)])
+    return np.array(ids), np.array(labels, dtype=np.int64), classes, source
+
+OPPOSITES = {"left": "right", "right": "left",
+             "clockwise": "counterclockwise", "counterclockwise": "clockwise"}
+
+def mirror_labels(classes):
+    """The label of each class after a horizontal flip: left becomes right.
+
+    Section 4.2 has "random inversion" without saying what becomes of the label. We pair two classes
+    if swapping the words left and right, or clockwise and counterclockwise, turns one name into the
+    other. All other classes keep their label. Returns a list of integers.
+    """
+    numbers = {}
+    for i, name in enumerate(classes):
+        numbers[name.lower().replace("anticlockwise", "counterclockwise")] = i
+    mirrored = list(range(len(classes)))
+    for name, i in numbers.items():
+        words = re.split("([^a-z]+)", name)             # also what is between the words
+        opposite = "".join([OPPOSITES.get(word, word) for word in words])
+        mirrored[i] = numbers.get(opposite, i)
+    return mirrored
 
 # ----- From a clip on disk to frames ----------------------------------------
 
-def sample_indices(n, F, rng=None, clips=1):
-    """Choose F of the n frames of a clip, one from each of F equal segments (section 3.1).
+def sample_indices(n, num_frames, rng=None, clips=1):
+    """Choose num_frames of the n frames of a clip, one from each of as many segments (section 3.1).
 
-    With s = (n-1)/F, segment i runs from round(s i) to round(s (i+1)), as in UniFormerV2. Training
-    (with an rng) draws in it. Evaluation has `clips` views of F frames. Each spans the whole clip:
-    view v takes the starts plus floor(s (v+1) / (clips+1)). So one view takes the middle, or the
-    start if n <= 2F. Short clips repeat frames.
+    As in UniFormerV2, segment i is round(s i) to round(s (i+1)), with s = (n-1) / num_frames.
+    Training (with an rng) draws a frame of each segment, including both ends. Evaluation takes the
+    middle: for n = 41 and 4 frames, segments begin at 0, 10, 20 and 30, and it takes 5, 15, 25, 35.
+    If there are several `clips`, or views of the whole clip, view v takes frame
+    floor(s (v+1) / (clips+1)) of each segment instead. Short clips repeat frames.
     """
-    s = (n - 1) / F
-    edges = np.round(s * np.arange(F + 1)).astype(np.int64)
+    s = (n - 1) / num_frames
+    edges = np.round(s * np.arange(num_frames + 1)).astype(np.int64)
+    starts, ends = edges[:-1], edges[1:]
     if rng is not None:
-        return rng.integers(edges[:-1], edges[1:], endpoint=True)
-    return np.concatenate([edges[:-1] + int(s / (clips + 1) * (v + 1)) for v in range(clips)])
+        return rng.integers(starts, ends, endpoint=True)
+    views = []
+    for v in range(clips):
+        views.append(starts + int(s / (clips + 1) * (v + 1)))
+    return np.concatenate(views)
 
 def find_clip(folder, name):
-    """The absolute path of a clip in a folder, in any Unicode normalisation of its name."""
-    folder = Path(folder).absolute()
-    if ".." in Path(os.path.relpath(Path(folder, name), folder)).parts:
-        raise ValueError(f"clip {name} lies outside of {folder}: give its folder with --clip_root")
+    """The path of a clip, whose name may be in another Unicode form on disk than in a list."""
     for form in (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)):
-        path = Path(folder, form)
+        path = Path(folder, form).absolute()
         if path.exists():
             return path
-    near = [*path.parent.glob(f"{glob.escape(path.stem)}.*"),
-            *path.parent.glob(f"*/{glob.escape(path.name)}")]
-    found = f", but {near[0]} does: rename or move it, or use --dataset folder" if near else ""
-    raise FileNotFoundError(f"{folder / name} does not exist{found}")
+    raise FileNotFoundError(f"{Path(folder, name).absolute()} does not exist")
+
+def list_images(folder):
+    return [name for name in os.listdir(folder)
+            if name.lower().endswith(IMAGES) and not is_hidden(name)]
+
+def frame_number(name):
+    """The last number in the name of a frame."""
+    return int(re.findall(r"\d+", name)[-1])
 
 def frame_names(folder):
-    """The frames of a folder, in the order of the clip. Hidden files do not count."""
-    names = [n for n in os.listdir(folder) if n.lower().endswith(IMAGES) and n[0] != "."]
-    return sorted(names, key=lambda name: (len(name), name))            # frame2 before frame10
-
-def read_frame_folder(folder, choose):
-    names = frame_names(folder)
+    """The frames of a folder, in the order of their numbers. They must be a single series."""
+    names = list_images(folder)
+    # Optical flow in the same folder, say, would be a second series: flow_#.jpg beside img_#.jpg
     series = sorted({re.sub(r"\d+(?=\D*$)", "#", name.lower()) for name in names})
-    if len(series) != 1:                                # flow_x_#.jpg beside img_#.jpg, say
-        raise ValueError(f"it holds {' and '.join(series) or 'no frames'}, expected one series")
+    if len(series) != 1 or "#" not in series[0]:
+        found = " and ".join(series[:3]) or "no images"
+        raise ValueError(f"it holds {found}, expected one series of numbered images")
+    names.sort(key=frame_number)
+    for a, b in zip(names, names[1:]):
+        if frame_number(a) == frame_number(b):
+            raise ValueError(f"{a} and {b} have the same number")
+    return names
+
+def read_frames(folder, names):
+    """Images of a folder. All take the size of the first: tracked crops may differ in size."""
     frames = []
-    for i in choose(len(names)):
-        with Image.open(Path(folder, names[i]), formats=("JPEG", "PNG")) as image:
+    for name in names:
+        with Image.open(Path(folder, name), formats=("JPEG", "PNG")) as image:
             if image.mode.startswith(("I", "F")):       # Pillow would cut these off at 255
-                raise ValueError(f"{names[i]} has more than 8 bits per channel")
-            frames.append(np.asarray(ImageOps.exif_transpose(image).convert("RGB")))
-    return frames
+                raise ValueError(f"{name} has more than 8 bits per channel")
+            frame = ImageOps.exif_transpose(image).convert("RGB")
+        if frames and frame.size != frames[0].size:
+            frame = frame.resize(frames[0].size, Image.Resampling.BILINEAR)
+        frames.append(frame)
+    return np.stack(frames)
 
-def read_video_file(path, choose, count=None):
-    """Decode all n frames and keep the chosen: seeking is not exact, and could miss damage."""
-    os.environ.setdefault("DECORD_EOF_RETRY_MAX", "2048")           # gives up soon after damage
-    import decord                                       # only needed for video files
+def open_video(path):
+    """A decord reader. It gives up soon after damage, and does not repeat frames in its place."""
+    os.environ.setdefault("DECORD_EOF_RETRY_MAX", "2048")
+    import decord                                       # folders of frames do not need it
     decord.logging.set_level(decord.logging.QUIET)
-    # Without fault_tol, decord repeats the frame before one that does not decode.
-    reader = decord.VideoReader(str(path), num_threads=1, fault_tol=1e-9)
-    n, frames = count or len(reader), {}
-    wanted = choose(n).tolist()
-    try:
-        for i in range(n):
-            frame = reader.next()
-            if i in wanted:
-                frames[i] = frame.asnumpy()
-    except decord.DECORDLimitReachedError:
-        # Only i frames came. decord also counts frames that are never shown: their time is below 0
-        # (edit list) or that of another frame (VP8). If only such frames are missing, n is i.
-        times = reader.get_frame_timestamp(range(n))[:, 0]
-        if count or i == 0 or i != len(np.unique(times[times >= 0])):
-            raise
-        return read_video_file(path, choose, i)
-    return [frames[i] for i in wanted]
+    return decord.VideoReader(str(path), num_threads=1, fault_tol=1e-9)
 
-def read_clip(path, choose):
-    """Frames choose(n) of a clip of n: uint8 RGB (frames, 3, h, w). ValueError names its path."""
-    read = read_frame_folder if os.path.isdir(path) else read_video_file
+def decode(reader, n, indices):
+    """Decode up to n frames, and keep those at `indices`. Returns them, and how many were decoded.
+
+    It decodes in order, and to the end: seeking is not exact, and would step over damage.
+    """
+    import decord
+    kept, wanted = {}, set(indices.tolist())
+    for i in range(n):
+        try:
+            frame = reader.next()
+        except decord.DECORDLimitReachedError:
+            return kept, i
+        if i in wanted:
+            frame = frame.asnumpy()
+            height, width = frame.shape[:2]             # rows may be padded, if the video is narrow
+            kept[i] = frame.reshape(height, -1)[:, :3 * width].reshape(height, width, 3)
+    return kept, n
+
+def read_video(path, num_frames, rng, clips):
+    reader = open_video(path)
+    n = len(reader)
+    indices = sample_indices(n, num_frames, rng, clips)
+    frames, decoded = decode(reader, n, indices)
+    if decoded < n:
+        # Damage, or frames that are never shown, which decord counts as well: they have a time
+        # below 0 (cut off by an edit list), or that of another frame (VP8).
+        times = reader.get_frame_timestamp(range(n))[:, 0]
+        shown = len(np.unique(times[times >= 0]))
+        if decoded == 0 or decoded != shown:
+            raise ValueError(f"{decoded} of its {shown} frames can be decoded")
+        indices = sample_indices(shown, num_frames, rng, clips)
+        frames, _ = decode(open_video(path), shown, indices)
+    return np.stack([frames[i] for i in indices.tolist()])
+
+def read_clip(path, num_frames, rng=None, clips=1):
+    """Frames of a video or a folder, chosen by sample_indices: uint8 RGB (frames, 3, h, w).
+
+    ValueError names a clip that cannot be read. No other clip takes its place.
+    """
     try:
-        return torch.from_numpy(np.stack(read(path, choose))).permute(0, 3, 1, 2)
-    except ImportError:                                 # no decord
-        raise
-    except Exception as e:                              # no other clip takes its place
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise ValueError(f"{path} cannot be read ({reason}). scripts/check_data.py finds all such "
-                         "clips, says how to repair them and writes a --skip_list") from e
+        if os.path.isdir(path):
+            names = frame_names(path)
+            indices = sample_indices(len(names), num_frames, rng, clips)
+            frames = read_frames(path, [names[i] for i in indices])
+        else:
+            frames = read_video(path, num_frames, rng, clips)
+    except Exception as e:                              # Pillow and decord raise many kinds
+        reason = str(e).partition("\n")[0] or type(e).__name__
+        reason = re.sub(r"\[[\d:]+\] \S+ ", "", reason)    # decord's times and lines of code
+        raise ValueError(f"{path} cannot be read ({reason})") from e
+    return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
 def read_skip_list(path):
-    """Clip ids in a text file, one per line. A # at the start or after two blanks is a comment."""
-    return {re.split(r"(^|\s\s)#", line)[0].strip() for line in read_lines(path)} - {""}
+    """Clip ids in a text file, one per line. Lines that begin with # are comments."""
+    return [line for line in read_lines(path) if not line.startswith("#")]
 
 # ----- From frames to the input of the model --------------------------------
 
-def train_transform(size, scale=(0.08, 1.0), magnitude=0):
+def train_transform(size, crop_scale=0.08, randaugment=0, randaugment_first=False):
     """Random resized crop and RandAugment, one draw for all frames: (F, 3, h, w) -> (F, 3, S, S).
 
-    scale      range of the area of the crop, as a share of the picture
-    magnitude  of RandAugment, on torchvision's scale of 0 to 30; 0 switches it off. Each of four
-               operations is applied with probability 0.5, as in UniFormerV2
+    crop_scale         smallest area of the crop, as a share of the frame's
+    randaugment        magnitude on torchvision's scale of 0 to 30; 0 switches it off. Each of four
+                       operations is applied with probability 0.5, as in UniFormerV2
+    randaugment_first  before the crop, as in UniFormerV2: slow if the frames are large
     """
-    crop = v2.RandomResizedCrop(size, scale, antialias=True)
-    one = v2.RandAugment(1, magnitude, interpolation=InterpolationMode.BILINEAR)
-    four = [v2.RandomApply([one], p=0.5)] * 4 if magnitude else []
-    return v2.Compose([crop, v2.Lambda(torch.Tensor.contiguous), *four])        # so it is faster
+    crop = [v2.RandomResizedCrop(size, (crop_scale, 1.0), antialias=True),
+            v2.Lambda(torch.Tensor.contiguous)]         # RandAugment is faster on contiguous frames
+    augment = []
+    if randaugment > 0:
+        one = v2.RandAugment(1, randaugment, interpolation=InterpolationMode.BILINEAR)
+        augment = [v2.RandomApply([one], p=0.5)] * 4
+    return v2.Compose(augment + crop if randaugment_first else crop + augment)
 
-def eval_views(video, F, size, crops=1):
+def eval_views(video, num_frames, size, crops=1):
     """All views of a clip: uint8 (clips * F, 3, h, w) -> (clips * crops, 3, F, S, S).
 
     The short side is resized to S. One crop is the centre, three lie along the long side.
     """
-    h, w = (max(size, round(n * size / min(video.shape[-2:]))) for n in video.shape[-2:])
+    h, w = video.shape[-2:]
+    scale = size / min(h, w)
+    h, w = max(size, round(h * scale)), max(size, round(w * scale))
+    video = v2.functional.resize(video, [h, w], antialias=True)
+    positions = [0.5] if crops == 1 else [0.0, 0.5, 1.0]
     views = []
-    for clip in v2.functional.resize(video, [h, w], antialias=True).split(F):
-        for place in (0.5,) if crops == 1 else (0.0, 0.5, 1.0):
-            top, left = round((h - size) * place), round((w - size) * place)
+    for clip in video.split(num_frames):
+        for p in positions:
+            top, left = round((h - size) * p), round((w - size) * p)
             views.append(v2.functional.crop(clip, top, left, size, size).transpose(0, 1))
     return torch.stack(views)
 
+def control_frames(video, num_frames, control, rng):
+    """For control experiments: "shuffle" the frames of each view, or repeat a "single" one."""
+    views = []
+    for view in video.split(num_frames):                # video: (clips * F, 3, h, w)
+        if control == "shuffle":
+            order = rng.permutation(num_frames)
+        else:
+            order = [rng.integers(num_frames)] * num_frames
+        views.append(view[order])
+    return torch.cat(views)
+
 def normalize(video, mean=CLIP_MEAN, std=CLIP_STD):
     """uint8 (..., 3, F, S, S) -> float32 with this mean and std, on the device of the video."""
-    m, s = 255 * torch.tensor((mean, std)).view(2, 3, 1, 1, 1).to(video.device, non_blocking=True)
-    return (video - m) / s
+    mean = 255 * torch.tensor(mean).view(3, 1, 1, 1)
+    std = 255 * torch.tensor(std).view(3, 1, 1, 1)
+    on_gpu = video.is_cuda                              # then the CPU need not wait for the copy
+    mean = mean.to(video.device, non_blocking=on_gpu)
+    std = std.to(video.device, non_blocking=on_gpu)
+    return (video - mean) / std
+
+# ----- Data sets ------------------------------------------------------------
 
 class VideoDataset(torch.utils.data.Dataset):
-    """One split of a data set. Yields (video, label, index).
+    """One split of a data set, for evaluation. Yields (video, label, index).
 
     video is uint8 (3, F, S, S), or (views, 3, F, S, S) for several views. label is -1 if unknown.
-    train      random frames, crop, RandAugment (of magnitude `augment`) and flip. Otherwise the
-               frames of sample_indices without rng, in `crops` x `clips` views
-    mirrored   the label that each class has after a flip; without it there are no flips
-    control    for experiments: "shuffle" the frames of a clip, or repeat a "single" one
-    skip_list  file with ids of clips to leave out; evaluation counts them as wrong
-    clip_root  folder around the clips (around 20bn-*), if not root
+    crops, clips  views of a clip, see eval_views and sample_indices
+    control       "none", or "shuffle" or "single", see control_frames
+    skip_list     file with ids of clips to leave out; evaluation counts them as wrong
+    clip_root     folder around the clips (around 20bn-*), if not root
     """
 
-    def __init__(self, dataset, root, split, num_frames=16, size=224, train=False,
-                 scale=(0.08, 1.0), augment=0, mirrored=None, crops=1, clips=1, control="none",
-                 seed=0, skip_list=None, clip_root=None):
-        ids, labels, self.classes = read_annotations(dataset, root, split)
-        keep = ~np.isin(ids, list(read_skip_list(skip_list)) if skip_list else [])
-        self.ids, self.labels, self.skipped = ids[keep], labels[keep], int((~keep).sum())
+    def __init__(self, dataset, root, split, num_frames=16, size=224, crops=1, clips=1,
+                 control="none", seed=0, skip_list=None, clip_root=None):
+        ids, labels, self.classes, self.source = read_annotations(dataset, root, split)
+        skipped = np.isin(ids, read_skip_list(skip_list) if skip_list else [])
+        self.ids = ids[~skipped]
+        self.labels = labels[~skipped]
+        self.skipped = int(skipped.sum())
         _, folder, self.suffix = LAYOUTS[dataset]
         self.folder = find_file(clip_root or root, folder) if folder else Path(clip_root or root)
-        self.num_frames, self.size, self.crops, self.clips = num_frames, size, crops, clips
-        self.train, self.mirrored, self.control, self.seed = train, mirrored, control, seed
-        self.transform = train_transform(size, scale, augment)
+        self.num_frames = num_frames
+        self.size = size
+        self.crops = crops
+        self.clips = clips
+        self.control = control
+        self.seed = seed
+        if len(self.ids) == 0:
+            raise ValueError(f"{skip_list} leaves no clip of {self.source}")
+        self.path(0)                                    # a wrong folder should not wait for step 1
 
     def __len__(self):
         return len(self.ids)
@@ -278,23 +464,82 @@ class VideoDataset(torch.utils.data.Dataset):
     def path(self, index):
         return find_clip(self.folder, self.ids[index] + self.suffix)
 
+    def __getitem__(self, index):
+        video = read_clip(self.path(index), self.num_frames, clips=self.clips)
+        if self.control != "none":
+            rng = np.random.default_rng([self.seed, 0, index])
+            video = control_frames(video, self.num_frames, self.control, rng)
+        views = eval_views(video, self.num_frames, self.size, self.crops)
+        if len(views) == 1:
+            views = views[0]
+        return views, int(self.labels[index]), index
+
+class TrainingDataset(VideoDataset):
+    """One split of a data set, with random frames, crop, RandAugment and flip.
+
+    Indexed by (epoch, index, repetition), as step_batches has them. Yields (video, label, index).
+    video is uint8 (3, F, S, S). If the clip was mirrored, label is that of the mirrored class.
+    crop_scale, randaugment, randaugment_first   see train_transform
+    flip                                         mirror half of the clips
+    """
+
+    def __init__(self, dataset, root, split, num_frames=16, size=224, crop_scale=0.08,
+                 randaugment=0, randaugment_first=False, flip=False, control="none", seed=0,
+                 skip_list=None, clip_root=None):
+        super().__init__(dataset, root, split, num_frames, size, control=control, seed=seed,
+                         skip_list=skip_list, clip_root=clip_root)
+        self.transform = train_transform(size, crop_scale, randaugment, randaugment_first)
+        self.flip = flip
+        self.mirrored = mirror_labels(self.classes)
+
     def __getitem__(self, item):
-        """item: an index, or (epoch, index) as train.py's batches have it."""
-        epoch, index = item if isinstance(item, tuple) else (0, item)
-        rng = np.random.default_rng([self.seed, epoch if self.train else 0, int(index)])
-        F, label = self.num_frames, int(self.labels[index])
-        draw = rng if self.train else None
-        video = read_clip(self.path(index), lambda n: sample_indices(n, F, draw, self.clips))
-        if self.control == "shuffle":                   # video: (clips * F, 3, h, w)
-            video = torch.cat([view[rng.permutation(F)] for view in video.split(F)])
-        elif self.control == "single":
-            video = torch.cat([view[[rng.integers(F)] * F] for view in video.split(F)])
-        if not self.train:
-            views = eval_views(video, F, self.size, self.crops)
-            return (views[0] if len(views) == 1 else views), label, index
+        epoch, index, repetition = item
+        rng = np.random.default_rng([self.seed, epoch, index, repetition])
+        video = read_clip(self.path(index), self.num_frames, rng)               # (F, 3, h, w)
+        if self.control != "none":
+            video = control_frames(video, self.num_frames, self.control, rng)
         with torch.random.fork_rng(devices=[]):         # torchvision draws from the global state
-            torch.default_generator.manual_seed(int(rng.integers(2 ** 63)))
+            torch.manual_seed(int(rng.integers(2 ** 63)))
             video = self.transform(video)
-        if self.mirrored is not None and rng.random() < 0.5:
-            video, label = video.flip(-1), int(self.mirrored[label])
+        label = int(self.labels[index])
+        if self.flip and rng.random() < 0.5:
+            video = video.flip(-1)
+            label = self.mirrored[label]
         return video.transpose(0, 1).contiguous(), label, index                 # (3, F, S, S)
+
+# ----- Batches --------------------------------------------------------------
+
+def cores_per_process():
+    """CPU cores for each of the processes that torchrun has started on this machine."""
+    cores = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):                # fewer in some containers
+        cores = len(os.sched_getaffinity(0))
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+def step_batches(num_clips, batch_size, start, stop, seed, rank=0, world=1, repeat=1):
+    """Yield this rank's samples of each step from start to stop: [(epoch, index, repetition), ...]
+
+    Each epoch is a new permutation, without its last, incomplete batch. The ranks share each batch.
+    Each clip comes `repeat` times in its step. Neighbours differ, since MixUp mixes neighbours.
+    """
+    steps_per_epoch = num_clips // batch_size
+    for step in range(start, stop):
+        epoch, i = divmod(step, steps_per_epoch)
+        if i == 0 or step == start:
+            order = np.random.default_rng([seed, epoch]).permutation(num_clips).tolist()
+        batch = order[i * batch_size:(i + 1) * batch_size]
+        yield [(epoch, index, r) for r in range(repeat) for index in batch[rank::world]]
+
+def make_loader(dataset, workers, timeout, device, **batches):
+    """A DataLoader. batches: its batch_size or batch_sampler"""
+    return torch.utils.data.DataLoader(
+        dataset, num_workers=workers, timeout=timeout if workers > 0 else 0,
+        pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
+        # Python 3.14 would start workers by a server process, which SIGTERM ends.
+        multiprocessing_context="fork" if workers > 0 and sys.platform == "linux" else None,
+        **batches)
+
+def ignore_signals(worker):
+    """Data workers ignore Ctrl-C and SIGTERM, so that train.py can finish its step and save."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -5,70 +5,27 @@
     python evaluate.py --ckpt out/ssv1/best.pt --video clip.webm folder_of_frames folder_of_videos
 
 The model, its classes, frames and size come from the checkpoint. Every clip counts exactly once, on
-any number of processes. We average the probabilities of the views, as UniFormerV2 and VideoMAE do.
+any number of processes. Views are fused by averaging their probabilities, as in UniFormerV2.
 """
 import argparse
+import csv
+import multiprocessing
 import os
 import signal
+import sys
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from model import ModelConfig, STDFormer, load_checkpoint, require_same_shapes
-from scripts.guards import run_program
-from scripts.output import print_result, print_top5, save_predictions
+from model import ModelConfig, STDFormer, load_checkpoint
 
-# ----- Processes and devices (train.py uses these, too) ---------------------
-
-def setup_processes(device="auto"):
-    """Join the other processes, if there are any. Returns (rank, number of processes)."""
-    if "RANK" not in os.environ:
-        return 0, 1
-    gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
-    one_gpu_each = 0 < int(os.environ.get("LOCAL_WORLD_SIZE", gpus)) <= gpus
-    # torchrun restarts processes with the same store. Each attempt gets keys of its own, or it may
-    # find the address of a dead process, and hang. Several nodes do not count attempts alike.
-    one_node = os.environ.get("GROUP_WORLD_SIZE") == "1"
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
-    store, rank, world = next(dist.rendezvous("env://"))
-    dist.init_process_group("nccl" if one_gpu_each else "gloo", timeout=timedelta(minutes=30),
-                            store=dist.PrefixStore(attempt, store), rank=rank, world_size=world)
-    return rank, world
-
-def pick_device(name="auto"):
-    if name == "auto":
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if name == "cuda":
-        gpus = max(1, torch.cuda.device_count())
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % gpus)
-    return torch.device(name)
-
-def cores_per_process():
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-def autocast(device, precision):
-    """Mixed precision for "bf16" and "fp16", nothing for "fp32"."""
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
-
-def make_loader(dataset, workers, timeout, device, **batches):
-    return torch.utils.data.DataLoader(
-        dataset, num_workers=workers, timeout=timeout if workers else 0,
-        pin_memory=device.type == "cuda", worker_init_fn=ignore_signals, **batches)
-
-def ignore_signals(worker):
-    """Data workers ignore Ctrl-C and SIGTERM, so that train.py can finish its step and save."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-# ----- Prediction -----------------------------------------------------------
+# ----- Evaluation -----------------------------------------------------------
 
 @torch.no_grad()
 def predict(model, views, device, precision="fp32", mean=data.CLIP_MEAN, std=data.CLIP_STD):
@@ -76,43 +33,56 @@ def predict(model, views, device, precision="fp32", mean=data.CLIP_MEAN, std=dat
 
     views: uint8 (B, views, 3, F, S, S) or (B, 3, F, S, S) -> (B, classes), on the CPU
     """
-    video = views.flatten(0, 1) if views.ndim == 6 else views
+    B = len(views)
+    video = views.flatten(0, 1) if views.ndim == 6 else views                   # (B*views, 3, ...)
+    video = data.normalize(video.to(device, non_blocking=device.type == "cuda"), mean, std)
     with autocast(device, precision):
-        logits = model(data.normalize(video.to(device, non_blocking=True), mean, std))
-    return logits.float().softmax(-1).view(len(views), -1, logits.shape[-1]).mean(dim=1).cpu()
+        logits = model(video)
+    probabilities = logits.float().softmax(-1)                                  # (B*views, classes)
+    return probabilities.view(B, -1, logits.shape[-1]).mean(dim=1).cpu()
 
 def evaluate(model, dataset, device, rank=0, world=1, batch_size=8, workers=0, timeout=600,
              precision="fp32", mean=data.CLIP_MEAN, std=data.CLIP_STD):
     """Score a VideoDataset. Leaves the model in eval mode.
 
     Process r takes clips r, r + world, ..., so no clip is counted twice. Returns top1 and top5 in
-    percent of `clips`, which counts skipped ones as wrong; loss of the averaged probabilities, over
-    the labelled clips; and probabilities (len(dataset), classes), in the data set's order.
+    percent of `clips`, where skipped clips count as wrong; the loss of the averaged probabilities
+    over the labelled clips; and the probabilities (clips, classes), in the order of the data set.
     """
     mine = torch.utils.data.Subset(dataset, range(rank, len(dataset), world))
-    loader = make_loader(mine, workers, timeout, device, batch_size=batch_size)
+    loader = data.make_loader(mine, workers, timeout, device, batch_size=batch_size)
     model.eval()
-    parts = []
+    parts = []                                          # (index, probabilities) of each batch
     for views, _, index in tqdm(loader, "evaluating", leave=False, disable=rank > 0 or None):
-        parts.append((index, predict(model, views, device, precision, mean, std)))
+        # A copy, because a tensor of a data worker keeps a file open.
+        parts.append((index.clone(), predict(model, views, device, precision, mean, std)))
     if world > 1:
         gathered = [None] * world
         dist.all_gather_object(gathered, parts)
-        parts = sum(gathered, [])
-    index, probabilities = (torch.cat(column) for column in zip(*parts))
+        parts = sum(gathered, [])                       # the lists of all processes, joined
+    index = torch.cat([i for i, _ in parts])
+    probabilities = torch.cat([p for _, p in parts])
     assert index.sort().values.tolist() == list(range(len(dataset))), "not each clip counted once"
     probabilities = probabilities[index.argsort()]
 
-    labels, clips = torch.from_numpy(dataset.labels), len(dataset) + dataset.skipped
-    hits = probabilities.topk(min(5, probabilities.shape[1])).indices == labels[:, None]
+    labels = torch.from_numpy(dataset.labels)
+    clips = len(dataset) + dataset.skipped
+    top5 = probabilities.topk(min(5, probabilities.shape[1])).indices           # (clips, 5)
+    hits = top5 == labels[:, None]
     return dict(top1=100 * hits[:, 0].sum().item() / clips, top5=100 * hits.sum().item() / clips,
                 loss=F.nll_loss(probabilities.log(), labels, ignore_index=-1).item(), clips=clips,
                 probabilities=probabilities)
 
 # ----- The command ----------------------------------------------------------
 
+def positive(text):
+    """The type of a flag that counts something."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
 def get_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__,
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("--ckpt", required=True, help="checkpoint of train.py: best.pt or last.pt")
@@ -121,70 +91,209 @@ def get_args(argv=None):
     add("--data_root", help="folder of the data set, if it has moved")
     add("--clip_root", help="folder around the clips, if not DATA_ROOT")
     add("--split", default="validation", choices=("train", "validation", "test"))
-    add("--num_frames", type=int, help="frames per clip, if not those of training")
-    add("--image_size", type=int, help="pixels of a frame, if not those of training")
+    add("--num_frames", type=positive, help="frames per clip, if not those of training")
+    add("--image_size", type=positive, help="pixels of a frame, if not those of training")
     add("--crops", type=int, default=3, choices=(1, 3), help="spatial views")
-    add("--clips", type=int, default=1, help="temporal views, each over the whole clip")
+    add("--clips", type=positive, default=1, help="temporal views, each over the whole clip")
     add("--control", choices=("none", "shuffle", "single"), help="if not that of training")
     add("--skip_list", metavar="FILE", help="clips that count as wrong; give training's again")
     add("--save", metavar="FILE", help=".csv: the top 5 of each clip, .npz: all probabilities")
-    add("--batch_size", type=int, default=8, help="clips per process at once")
-    add("--workers", type=int, default=min(8, cores_per_process()), help="data workers per process")
+    add("--batch_size", type=positive, default=8, help="clips per process at once")
+    add("--workers", type=int, default=min(8, data.cores_per_process()),
+        help="data workers per process")
     add("--timeout", type=float, default=600, help="seconds to wait for a data worker")
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     add("--precision", default="fp32", choices=("fp32", "bf16", "fp16"))
     return p.parse_args(argv)
 
-def main(argv=None):
+def main(argv=None, Model=STDFormer):
     args = get_args(argv)
-    rank, world = setup_processes(args.device)
-    device = pick_device(args.device)
-    torch.backends.cudnn.allow_tf32 = args.precision != "fp32"      # fp32: no TF32 in convolutions
+    device, rank, world = setup(args.device)
+    set_tf32(args.precision != "fp32")
     checkpoint = load_checkpoint(args.ckpt)
     if args.save and rank == 0:
-        open(args.save, "a").close()            # fail now rather than after hours
-    train_args, classes = checkpoint["args"], checkpoint["classes"]
-    numerics = args.precision, checkpoint["mean"], checkpoint["std"]
-    model = STDFormer(ModelConfig(**checkpoint["model_config"]))
-    require_same_shapes(args.ckpt, checkpoint["model"], model.state_dict())
+        open(args.save, "a").close()                    # fail now rather than after hours
+    model = Model(ModelConfig(**checkpoint["model_config"]))
     model.load_state_dict(checkpoint["model"])
     model.to(device).eval()
-    frames = args.num_frames or model.config.num_frames
-    size = args.image_size or model.config.image_size
-
+    args.num_frames = args.num_frames or model.config.num_frames
+    args.image_size = args.image_size or model.config.image_size
     if args.video:
-        paths, rows = [], []
-        for path in map(Path, args.video):      # one clip, or a folder of videos
-            videos = [p for p in path.glob("*") if p.name.lower().endswith(data.VIDEOS)]
-            paths += sorted(videos) or [path]
-        for path in paths:
-            video = data.read_clip(path.absolute(),
-                                   lambda n: data.sample_indices(n, frames, clips=args.clips))
-            views = data.eval_views(video, frames, size, args.crops)
-            rows.append(predict(model, views[None], device, *numerics))
-            if rank == 0:
-                print_top5(path, rows[-1][0], classes)
-        predictions = [str(path) for path in paths], [-1] * len(paths), torch.cat(rows)
+        evaluate_videos(args, model, checkpoint, device, rank)
     else:
-        dataset = data.VideoDataset(
-            args.dataset or train_args["dataset"], args.data_root or train_args["data_root"],
-            args.split, frames, size, crops=args.crops, clips=args.clips, skip_list=args.skip_list,
-            control=args.control or train_args["control"],
-            clip_root=args.clip_root or (None if args.data_root else train_args["clip_root"]))
-        if len(dataset) == 0:
-            raise ValueError(f"--split {args.split} has no clips, or all are on the --skip_list")
-        if dataset.classes != classes:
-            differ = sorted({*dataset.classes} ^ {*classes})[:3]
-            raise ValueError(f"--data_root has other classes than {args.ckpt}, such as {differ}")
-        result = evaluate(model, dataset, device, rank, world, args.batch_size, args.workers,
-                          args.timeout, *numerics)
-        predictions = dataset.ids, dataset.labels, result["probabilities"]
-        if rank == 0:
-            print_result(result, dataset, f"{frames}x{args.crops}x{args.clips}")
-    if args.save and rank == 0:
-        save_predictions(args.save, *predictions, classes)
+        evaluate_dataset(args, model, checkpoint, device, rank, world)
     if world > 1:
         dist.destroy_process_group()
 
+def evaluate_dataset(args, model, checkpoint, device, rank, world):
+    """Print the accuracy on a split. The data set is that of training, unless flags differ."""
+    trained = checkpoint["args"]
+    clip_root = args.clip_root
+    if not args.data_root and not args.clip_root:
+        clip_root = trained["clip_root"]
+    dataset = data.VideoDataset(
+        args.dataset or trained["dataset"], args.data_root or trained["data_root"], args.split,
+        args.num_frames, args.image_size, crops=args.crops, clips=args.clips,
+        control=args.control or trained["control"], skip_list=args.skip_list, clip_root=clip_root)
+    if dataset.classes != checkpoint["classes"]:
+        differ = sorted(set(dataset.classes) ^ set(checkpoint["classes"]))
+        raise ValueError(f"{dataset.source} has other classes than {args.ckpt}, such as "
+                         f"{differ[0]!r}")
+    result = evaluate(model, dataset, device, rank, world, args.batch_size, args.workers,
+                      args.timeout, args.precision, checkpoint["mean"], checkpoint["std"])
+    if rank > 0:
+        return
+    if args.save:
+        save_predictions(args.save, dataset.ids, dataset.labels, result["probabilities"],
+                         dataset.classes)
+    if dataset.skipped > 0:
+        print(f"{dataset.skipped} clips on the skip list count as wrong")
+    if dataset.labels.min() < 0:
+        print("This split has no labels, so there is no accuracy. --save keeps the predictions.")
+    else:
+        print(f"top1 {result['top1']:.2f} top5 {result['top5']:.2f} clips {result['clips']} "
+              f"views {args.num_frames}x{args.crops}x{args.clips}")
+
+def evaluate_videos(args, model, checkpoint, device, rank):
+    """Print the five most likely classes of each clip. ValueError at the end if some are broken."""
+    paths = []
+    for name in args.video:
+        paths += find_videos(name)
+    read, probabilities = [], []
+    for path in paths:
+        try:
+            video = data.read_clip(path.absolute(), args.num_frames, clips=args.clips)
+        except ValueError as e:
+            print(e, file=sys.stderr)
+            continue
+        views = data.eval_views(video, args.num_frames, args.image_size, args.crops)
+        p = predict(model, views[None], device, args.precision, checkpoint["mean"],
+                    checkpoint["std"])[0]
+        read.append(str(path))
+        probabilities.append(p)
+        if rank == 0:
+            print(path)
+            for name, share in top_classes(p, checkpoint["classes"]):
+                print(f"  {100 * share:6.2f} %  {name}")
+    if args.save and read and rank == 0:
+        save_predictions(args.save, read, [-1] * len(read), torch.stack(probabilities),
+                         checkpoint["classes"])
+    broken = len(paths) - len(read)
+    if broken > 0:
+        raise ValueError(f"{broken} of {len(paths)} clips cannot be read, see above")
+
+def find_videos(name):
+    """The clips at a path: a video, a folder of these or of frame folders, or a frame folder."""
+    path = Path(name)
+    if path.is_dir():
+        videos = []
+        for p in sorted(path.iterdir()):
+            is_video = p.suffix.lower() in data.VIDEOS or (p.is_dir() and data.list_images(p))
+            if is_video and not data.is_hidden(p.name):
+                videos.append(p)
+        if videos:
+            return videos
+        if data.list_images(path):
+            return [path]
+        raise ValueError(f"--video {name} has no videos and no frames in it")
+    if not path.exists():
+        raise ValueError(f"--video {name} is not a file or folder on this machine")
+    if path.suffix.lower() not in data.VIDEOS:
+        raise ValueError(f"--video {name} is not a video, expected a name that ends in one of "
+                         f"{' '.join(data.VIDEOS)}")
+    return [path]
+
+# ----- Results --------------------------------------------------------------
+
+def top_classes(probabilities, classes, k=5):
+    """[(name, probability)] of the k most likely classes. probabilities: (classes,)"""
+    top = probabilities.topk(min(k, len(classes)))
+    return [(classes[i], p) for p, i in zip(top.values.tolist(), top.indices.tolist())]
+
+def save_predictions(path, ids, labels, probabilities, classes):
+    """FILE.csv: id, true class (empty if unknown) and the top 5. FILE.npz: all probabilities."""
+    if path.endswith(".npz"):
+        np.savez(path, ids=ids, labels=labels, probabilities=probabilities, classes=classes)
+        return
+    with open(path, "w", newline="", encoding="utf-8") as f:
+        rows = csv.writer(f)
+        rows.writerow("id label top1 p1 top2 p2 top3 p3 top4 p4 top5 p5".split())
+        for clip, label, p in zip(ids, labels, probabilities):
+            row = [clip, classes[label] if label >= 0 else ""]
+            for name, share in top_classes(p, classes):
+                row += [name, f"{share:.5f}"]
+            rows.writerow(row)
+
+# ----- Devices and processes; train.py uses these, too ----------------------
+
+def autocast(device, precision):
+    """Mixed precision for "bf16" and "fp16", nothing for "fp32"."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
+
+def set_tf32(allowed):
+    """Whether an NVIDIA GPU may round float32 products to TF32, which is faster."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+
+def setup(name="auto"):
+    """Choose the device, and join the other processes if torchrun has started several.
+
+    Returns the device, the rank of this process and the number of processes. ValueError if there is
+    no such device, or if srun has started several processes that do not know of each other.
+    """
+    if name == "auto":
+        name = "cpu"
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available():
+            name = "mps"
+    device = torch.device(name)
+    rank = int(os.environ.get("RANK", 0))
+    if device.type == "cuda":
+        gpus = torch.cuda.device_count()
+        if gpus == 0:
+            raise ValueError("--device cuda finds no NVIDIA GPU that PyTorch can use")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)) % gpus)
+        torch.cuda.set_device(device)
+
+    if "RANK" not in os.environ:
+        tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+        if tasks > 1:
+            raise ValueError(f"srun has started {tasks} processes that do not know of each other; "
+                             "start one per node, with torchrun in it")
+        return device, 0, 1
+
+    # NCCL needs a GPU for each process. It is told which one, or it might assume another.
+    backend, device_id = "gloo", None
+    if device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= gpus:
+        backend, device_id = "nccl", device
+    # If torchrun restarts the processes of a node, they meet in the same store, where the addresses
+    # of dead processes would make them wait for ever. So each attempt gets keys of its own. Several
+    # nodes may count attempts differently.
+    store, rank, world = next(dist.rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world,
+                            timeout=timedelta(minutes=30), device_id=device_id)
+    return device, rank, world
+
+def run_command(main):
+    """Run a program. An error that its user can mend is one line, others keep their traceback."""
+    # Log lines appear at once, also in a file. No class name is too exotic for a terminal.
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")
+    try:
+        main()
+    except (ValueError, OSError, FloatingPointError) as e:
+        message = str(e)
+        if "DataLoader worker" in message:      # with the worker's traceback; take its last line
+            message = message.splitlines()[-1].partition(": ")[2]
+        sys.exit(f"{Path(sys.argv[0]).name}: {message}")
+    finally:
+        if hasattr(signal, "SIGCHLD"):          # or PyTorch reports the workers that we kill
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in multiprocessing.active_children():
+            worker.kill()                       # they ignore SIGTERM, and one may hang
+
 if __name__ == "__main__":
-    run_program(main)
+    run_command(main)

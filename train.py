@@ -4,16 +4,18 @@
     torchrun --nproc_per_node=4 train.py --dataset ssv1    # the paper's recipe, from CLIP weights
     python train.py --dataset folder --data_root DIR       # your own videos: see the README
 
---batch_size counts the clips of one step over all processes. So 1, 4 and 8 GPUs see the same clips
-in each step, at the same --lr. Everything random follows from --seed: samples from (seed, epoch,
-index); dropout, MixUp and CutMix from (seed, step, rank). So with as many processes, --resume goes
-on as if nothing had happened.
+--batch_size counts the clips of one step over all processes, and --lr is for that batch. So 1, 4
+and 8 GPUs see the same clips in each step. Everything random follows from --seed: samples from
+(seed, epoch, index, repetition); dropout, erasing and mixing from (seed, step, rank). So with the
+same number of processes, a resumed run continues exactly.
 """
 import argparse
 import json
 import math
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -28,89 +30,133 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 import data
-from evaluate import (autocast, cores_per_process, evaluate, make_loader, pick_device,
-                      setup_processes)
+from evaluate import autocast, evaluate, positive, run_command, set_tf32, setup
 from model import (MODELS, ModelConfig, STDFormer, is_clip_parameter, load_checkpoint, load_clip,
-                   model_config, require_same_shapes, resize_positions)
-from scripts.guards import check_resume, run_program
-from scripts.mirror_labels import mirror_labels
-from scripts.output import print_run
-from scripts.plots import draw_curves
-from scripts.toy_data import make_toy
+                   resize_positions)
 
 # ----- Recipes and flags ----------------------------------------------------
 
 # The paper gives frames, size, AdamW, learning rate, batch size, cosine, soft cross-entropy, flips
-# and CLIP. UniFormer's recipe has a soft cross-entropy with MixUp and CutMix, so ours has them. The
-# rest is UniFormerV2's recipe for SSV1. The flags' own defaults are common to both recipes.
-PAPER = dict(model="b16", clip="openai", epochs=22, warmup_epochs=5.0, batch_size=16, lr=1e-4,
-             crop_scale=0.08, randaugment=21, drop_path=0.2, ctm_drop_path=0.4, ctm_dropout=0.5,
-             head_dropout=0.5, grad_clip=20.0, mixup=0.8, cutmix=1.0)
-TOY = dict(model="tiny", clip="none", epochs=4, warmup_epochs=0.4, batch_size=16, lr=1e-3,
-           crop_scale=0.5, randaugment=0, grad_clip=1.0, mixup=0.0, cutmix=0.0)
-RECIPES = {"paper": PAPER, "toy": TOY}
+# and CLIP. UniFormer's runs on SSV1 have the same learning rate per clip and a soft cross-entropy,
+# so what the paper does not say is theirs. Drop path and dropout are UniFormerV2's, which starts
+# from CLIP as well.
+PAPER = dict(
+    model="b16", clip="openai", epochs=60, warmup_epochs=5, batch_size=16, lr=1e-4, grad_clip=20,
+    crop_scale=0.08, randaugment=21, repeat_aug=2, random_erasing=0.25, mixup=0.8, cutmix=1.0,
+    label_smoothing=0.1, drop_path=0.2, ctm_drop_path=0.4, ctm_dropout=0.5, head_dropout=0.5)
+# UniFormerV2's run on SSV1, which has no mixing, smoothing, erasing or flips.
+UNIFORMERV2 = dict(
+    model="b16", clip="openai", epochs=22, warmup_epochs=5, batch_size=128, lr=4e-5, grad_clip=20,
+    crop_scale=0.08, randaugment=21, randaugment_first=True, repeat_aug=2, random_erasing=0,
+    mixup=0, cutmix=0, label_smoothing=0, flip=False, drop_path=0.2, ctm_drop_path=0.4,
+    ctm_dropout=0.5, head_dropout=0.5)
+# For the tiny model, from random weights.
+TOY = dict(
+    model="tiny", clip="none", epochs=4, warmup_epochs=0.4, batch_size=16, lr=1e-3, grad_clip=1,
+    crop_scale=0.5, randaugment=0, repeat_aug=1, random_erasing=0, mixup=0, cutmix=0,
+    label_smoothing=0.1)
+RECIPES = {"paper": PAPER, "uniformerv2": UNIFORMERV2, "toy": TOY}
 
 def get_args(argv=None):
-    """Read the flags. The recipe sets defaults, a flag on the command line wins."""
+    """Read the flags. The recipe sets defaults; a flag on the command line wins."""
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, on_off = p.add_argument, argparse.BooleanOptionalAction
+    add = p.add_argument
+    on_off = argparse.BooleanOptionalAction
     # files
     add("--dataset", default="toy", choices=data.LAYOUTS, help="see the top of data.py")
-    add("--recipe", choices=RECIPES, help="defaults: toy for toy and for folder without weights")
+    add("--recipe", choices=RECIPES, help="default: toy for --dataset toy, paper for all others")
     add("--data_root", help="folder of the data set (default: datasets/DATASET)")
     add("--clip_root", help="folder around the clips, if not DATA_ROOT")
     add("--out_dir", help="folder for checkpoints and logs (default: out/DATASET)")
-    add("--resume", action="store_true", help="go on from OUT_DIR/last.pt")
-    add("--init_from", metavar="CHECKPOINT", help="model and weights of another run to start from")
-    add("--clip", metavar="openai|FILE|none", help="CLIP weights to start from")
+    add("--resume", action="store_true", help="continue from OUT_DIR/last.pt")
+    add("--init_from", metavar="CHECKPOINT", help="start from model and weights of another run")
+    add("--clip", metavar="openai|FILE|none", help="start from CLIP weights")
     add("--skip_list", metavar="FILE", help="clips to leave out; scripts/check_data.py writes it")
     # data
-    add("--crop_scale", type=float, help="smallest area of a crop; raise it if small things matter")
+    add("--crop_scale", type=float, help="smallest area of a crop; raise it for small objects")
     add("--randaugment", type=int, choices=range(31), metavar="M", help="magnitude, 0 for none")
-    add("--flip", action=on_off, default=True, help="mirror half of the clips, and their labels")
+    add("--randaugment_first", action=on_off, default=False, help="before the crop")
+    add("--repeat_aug", type=positive, help="samples of each clip in a step; memory grows with it")
+    add("--random_erasing", type=float, metavar="P", help="probability of noise in a rectangle")
+    add("--flip", action=on_off, help="mirror half of the clips, and their labels; own data: off")
     add("--control", default="none", choices=("none", "shuffle", "single"))
-    add("--workers", type=int, default=min(8, cores_per_process()), help="data workers per process")
+    add("--workers", type=int, default=min(8, data.cores_per_process()),
+        help="data workers per process")
     add("--timeout", type=float, default=600, help="seconds to wait for a data worker")
     # optimization
-    add("--epochs", type=int, help="passes over the data")
+    add("--epochs", type=positive, help="passes over the data")
     add("--warmup_epochs", type=float, help="length of the linear warm-up")
-    add("--batch_size", type=int, help="clips per step, over all processes")
-    add("--micro_batch", type=int, help="clips per forward pass; less if memory runs out")
+    add("--batch_size", type=positive, help="clips per step, over all processes")
+    add("--micro_batch", type=positive, help="samples per forward pass; less if memory runs out")
     add("--lr", type=float, help="peak, for this batch size; lower it if the loss diverges")
     add("--min_lr", type=float, default=1e-6, help="where the cosine ends")
     add("--clip_lr_scale", type=float, default=1.0, help="factor on --lr for CLIP's parameters")
     add("--freeze_clip", action="store_true", help="train the stem and the new parameters only")
-    add("--weight_decay", type=float, default=0.05, help="not of biases, norms and other vectors")
+    add("--weight_decay", type=float, default=0.05, help="of matrices and convolution kernels")
     add("--grad_clip", type=float, help="largest gradient norm, 0 for no limit")
-    add("--label_smoothing", type=float, default=0.1)
+    add("--label_smoothing", type=float)
     add("--mixup", type=float, help="alpha of MixUp, 0 for none")
     add("--cutmix", type=float, help="alpha of CutMix, 0 for none")
     # system
     add("--seed", type=int, default=0, help="of everything; report the mean over several")
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     add("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"))
-    add("--compile", action="store_true", help="faster after a slow start; best with --no-sync_bn")
+    add("--compile", action="store_true", help="slower start, faster steps")
     add("--checkpointing", action="store_true", help="less memory, about a third more time")
-    add("--sync_bn", action=on_off, default=True, help="BatchNorm sees the clips of all GPUs")
-    add("--log_every", type=int, default=20, help="steps between log lines; a signal waits for one")
-    add("--eval_every", type=int, default=1, help="epochs between validations")
+    add("--sync_bn", action="store_true", help="BatchNorm over the clips of all GPUs; slower")
+    add("--log_every", type=positive, default=20, help="steps between log lines; Ctrl-C and "
+        "SIGTERM take effect at the next one")
+    add("--eval_every", type=positive, default=1, help="epochs between validations")
     add("--save_minutes", type=float, default=10, help="time between two last.pt in an epoch")
-    add("--max_steps", type=int, help="stop after this step, as if interrupted")
-    add("--dry_run", action="store_true", help="five steps, to see time and memory; keep nothing")
-    # model: one flag for each field of ModelConfig, except num_classes
+    add("--max_steps", type=positive, help="stop after this step, as if interrupted")
+    # model: the fields of ModelConfig
     add("--model", choices=MODELS, help="size of the model; --init_from brings its own")
-    for f in fields(ModelConfig)[1:]:
-        kind = {bool: dict(action=on_off), tuple: dict(type=int, nargs="*", metavar="LAYER")}
-        add(f"--{f.name}", help=f.metadata["help"], **kind.get(f.type, dict(type=f.type)))
+    add("--num_frames", type=positive, help="frames per clip; 32 take twice the time of 16")
+    add("--image_size", type=positive, help="pixels of a frame; a multiple of the patch size")
+    add("--patch_size", type=positive, help="pixels of a patch; CLIP's weights fix it")
+    add("--stem_stride", type=positive, help="input frames per token frame; 1 doubles the cost")
+    add("--stem_kernel", type=positive, help="frames that the stem's convolution sees; odd")
+    add("--dim", type=positive, help="width")
+    add("--depth", type=positive, help="layers of each branch")
+    add("--heads", type=positive, help="attention heads; a divisor of the width")
+    layers = dict(type=int, nargs="*", metavar="LAYER")
+    add("--ptm_layers", **layers, help="layers with a PTM (Table 5); default: the last third")
+    add("--ptm_conv", choices=("residual2d", "residual3d", "attention2d", "attention3d"),
+        help="PTM's convolution (Table 3)")
+    add("--alpha", type=float, help="weight of the FFN in Eq. 1 (Table 7)")
+    add("--beta", type=float, help="weight of the convolution in Eq. 1 (Table 7)")
+    add("--learn_fusion", action=on_off, help="learn alpha and beta, starting from these values")
+    add("--stdm_layers", **layers, help="layers with an STDM; default: all but the last")
+    add("--smem_t_layers", **layers, help="SMEM in the temporal branch (Table 6); default: L // 3")
+    add("--smem_st_layers", **layers, help="SMEM in the spatio-temporal branch; default: none")
+    add("--smem_fusion", choices=("mul", "add", "mul+add"), help="how SMEM compares (Table 4)")
+    add("--smem_grid", type=positive, help="patches per side that SMEM is built for")
+    add("--drop_path", type=float, help="stochastic depth of Blocks and PTMs, at the last layer")
+    add("--ctm_drop_path", type=float, help="stochastic depth of the CTMs, at the last layer")
+    add("--ctm_dropout", type=float, help="dropout in the FFN of the CTMs")
+    add("--head_dropout", type=float, help="dropout before the classifier")
 
-    known, _ = p.parse_known_args(argv)                 # to find the recipe
-    own_weights = known.init_from or known.clip not in (None, "none")
-    toy = known.dataset == "toy" or (known.dataset == "folder" and not own_weights)
-    recipe = known.recipe or ("toy" if toy else "paper")
-    p.set_defaults(recipe=recipe, data_root=f"datasets/{known.dataset}",
-                   out_dir=f"out/{known.dataset}", **RECIPES[recipe])
-    return p.parse_args(argv)
+    first, _ = p.parse_known_args(argv)
+    recipe = first.recipe or ("toy" if first.dataset == "toy" else "paper")
+    defaults = dict(RECIPES[recipe])
+    if recipe == "paper" and first.dataset == "ssv2":
+        defaults["epochs"] = 50                         # UniFormer's on V2
+    clip = defaults.pop("clip")
+    p.set_defaults(**defaults)
+    args = p.parse_args(argv)
+
+    args.recipe = recipe
+    args.data_root = args.data_root or f"datasets/{args.dataset}"
+    args.out_dir = args.out_dir or f"out/{args.dataset}"
+    if args.init_from and args.clip:
+        p.error("--init_from and --clip both give weights to start from; use one of them")
+    args.clip = args.clip or ("none" if args.init_from else clip)
+    if args.freeze_clip and args.clip == "none" and not args.init_from:
+        p.error("--freeze_clip keeps CLIP's weights, but --clip none gives no weights")
+    if args.flip is None:       # we know nothing about the classes of own data
+        args.flip = args.dataset != "folder"
+    return args
 
 # ----- The parts of training ------------------------------------------------
 
@@ -122,219 +168,303 @@ def get_lr(step, total, warmup, peak, floor=0.0):
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 def param_groups(model, weight_decay, clip_lr_scale=1.0):
-    """AdamW's groups: (CLIP's parameters, new ones) x (tables and kernels with decay, the rest)."""
+    """AdamW's groups: CLIP's parameters and new ones, each with and without weight decay.
+
+    Biases, norms and other vectors have no decay, as in UniFormerV2.
+    """
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            groups.setdefault((is_clip_parameter(name), p.ndim > 1), []).append(p)
-    return [dict(params=params, weight_decay=weight_decay if decay else 0.0,
-                 lr_scale=clip_lr_scale if from_clip else 1.0)
-            for (from_clip, decay), params in groups.items()]
+            key = (is_clip_parameter(name), p.ndim > 1)
+            if key not in groups:
+                from_clip, has_decay = key
+                groups[key] = dict(params=[], weight_decay=weight_decay if has_decay else 0.0,
+                                   lr_scale=clip_lr_scale if from_clip else 1.0)
+            groups[key]["params"].append(p)
+    return list(groups.values())
 
-def make_datasets(args, config):
-    common = dict(num_frames=config.num_frames, size=config.image_size, control=args.control,
-                  seed=args.seed, skip_list=args.skip_list, clip_root=args.clip_root)
-    val = data.VideoDataset(args.dataset, args.data_root, "validation", **common)
-    mirrored = mirror_labels(val.classes)[0] if args.flip else None
-    train = data.VideoDataset(args.dataset, args.data_root, "train", train=True, mirrored=mirrored,
-                              scale=(args.crop_scale, 1.0), augment=args.randaugment, **common)
-    return train, val
+def model_config(args, num_classes, base=None):
+    """The ModelConfig that the flags describe. base: the fields of the model to start from"""
+    config = dict(base or MODELS[args.model])
+    for field in fields(ModelConfig):
+        value = getattr(args, field.name, None)
+        if value is not None:
+            config[field.name] = value
+    config["num_classes"] = num_classes
+    return ModelConfig(**config)
 
-def step_batches(num_clips, batch_size, start, stop, seed, rank, world):
-    """Yield this rank's clips of each step, as a list of (epoch, index).
+def make_toy(root):
+    """Make the toy data, if there are none yet."""
+    if Path(root, "something-something-v1-train.csv").is_file():
+        return
+    script = Path(__file__).parent / "scripts" / "toy_data.py"
+    if not script.is_file():
+        raise FileNotFoundError(f"{root} has no toy data, and {script} to make them does not exist;"
+                                " for your own videos use --dataset folder")
+    if Path(root).is_dir() and os.listdir(root):
+        raise ValueError(f"{root} does not hold toy data; for your own videos use --dataset folder")
+    print(f"making the toy data in {root} with {script.name}")
+    if subprocess.run([sys.executable, script, "--data_root", root]).returncode != 0:
+        raise ValueError(f"{script} has failed, see above")
 
-    Each epoch is a new permutation, without its last, incomplete batch. The ranks share each batch.
-    """
-    for step in range(start, stop):
-        epoch, i = divmod(step, num_clips // batch_size)
-        if i == 0 or step == start:
-            order = np.random.default_rng([seed, epoch]).permutation(num_clips)
-        batch = order[i * batch_size:(i + 1) * batch_size]
-        yield [(epoch, int(index)) for index in batch[rank::world]]
+def make_datasets(args, image_size, num_frames):
+    common = dict(num_frames=num_frames, size=image_size, control=args.control, seed=args.seed,
+                  skip_list=args.skip_list, clip_root=args.clip_root)
+    train_set = data.TrainingDataset(
+        args.dataset, args.data_root, "train", crop_scale=args.crop_scale, flip=args.flip,
+        randaugment=args.randaugment, randaugment_first=args.randaugment_first, **common)
+    val_set = data.VideoDataset(args.dataset, args.data_root, "validation", **common)
+    return train_set, val_set
+
+def print_run(args, train_set, val_set, model, device, world, micro):
+    """The first lines: data, labels that flips change, model, batches."""
+    classes = train_set.classes
+    print(f"{args.dataset}: {len(train_set)} training clips of {train_set.source}, {len(val_set)} "
+          f"validation clips of {val_set.source}, {len(classes)} classes")
+    if train_set.skipped or val_set.skipped:
+        print(f"  skipped: {train_set.skipped} and {val_set.skipped} clips")
+    if args.flip:
+        pairs = [f"{classes[i]!r} and {classes[j]!r}"
+                 for i, j in enumerate(train_set.mirrored) if i < j]
+        print("  flips swap these labels:", "; ".join(pairs) or "none")
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{args.model}: {model.config.depth} layers of width {model.config.dim}, "
+          f"{parameters:.2f} M parameters, {args.precision} on {device.type}")
+    samples = args.batch_size * args.repeat_aug
+    print(f"{args.recipe} recipe: {args.batch_size} clips per step at lr {args.lr}, each sampled "
+          f"{args.repeat_aug} times; {world} processes x {samples // (world * micro)} passes x "
+          f"{micro} samples")
+    if samples == world and (args.mixup or args.cutmix):
+        print("  MixUp and CutMix do nothing: they mix the samples of a process, and each has one")
+
+# Flags that a resumed run may change: it still sees the same clips, by the same recipe.
+FREE = ("resume", "out_dir", "data_root", "clip_root", "init_from", "clip", "workers", "timeout",
+        "device", "precision", "compile", "checkpointing", "log_every", "eval_every",
+        "save_minutes", "max_steps")
+
+def check_resume(checkpoint, args, classes, num_clips):
+    """ValueError if this is another run than the one that was stopped."""
+    before = dict(checkpoint["args"], classes=checkpoint["classes"], clips=checkpoint["clips"])
+    now = dict(vars(args), classes=classes, clips=num_clips)
+    for name, value in now.items():
+        # A flag that is newer than the checkpoint counts as unchanged.
+        if name not in FREE and before.get(name, value) != value:
+            raise ValueError(f"--resume needs the same run, but {name} was {str(before[name])[:60]}"
+                             f" and is {str(value)[:60]}; change it back, or use another --out_dir")
 
 def init_from(model, checkpoint, path, classes):
     """Take the weights of another run. Positions are resized, a head for other classes is new."""
-    state, own = dict(checkpoint["model"]), model.state_dict()
+    state = dict(checkpoint["model"])
     state["positional_embedding"] = resize_positions(state["positional_embedding"], model.grid)
     if checkpoint["classes"] != classes:
-        state.update({name: own[name] for name in ("head.weight", "head.bias")})
-    require_same_shapes(f"--init_from {path}", state, own)
-    model.load_state_dict(state)
+        state["head.weight"] = model.head.weight
+        state["head.bias"] = model.head.bias
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as e:
+        raise ValueError(f"--init_from {path} does not fit this model: {e}") from e
 
-def set_weights(model, args, checkpoint, resume, classes, master):
-    """Take the weights of last.pt, of another run or of CLIP, and say which of them learn.
+def erase(video, p):
+    """Fill a rectangle of some clips with noise. video: normalized, (B, 3, F, S, S)"""
+    erasing = v2.RandomErasing(p, value="random")
+    clips = []
+    for clip in video.transpose(1, 2):                                          # (F, 3, S, S)
+        clips.append(erasing(clip))
+    return torch.stack(clips).transpose(1, 2)
 
-    --freeze_clip leaves the stem to learn: it has new frames, which start at 0.
+def train_step(model, raw_model, video, label, optimizer, scaler, args, micro):
+    """Forward, backward and update for one batch, `micro` samples at a time.
+
+    model, raw_model: with and without DDP and compilation
+    video: (B, 3, F, S, S), label: (B,) or (B, classes) -> loss and gradient norm
     """
-    if resume:
-        model.load_state_dict(checkpoint["model"])
-    elif args.init_from:
-        init_from(model, checkpoint, args.init_from, classes)
-    elif args.clip != "none" and master:                # DDP sends rank 0's weights to the others
-        print("CLIP weights: {} tensors loaded, {} new".format(*load_clip(model, args.clip)))
-    for name, p in model.named_parameters():
-        frozen = is_clip_parameter(name) and name != "conv1.weight"
-        p.requires_grad = not (args.freeze_clip and frozen)
-
-def wrap(model, args, world):
-    """The model as training calls it: compiled, and in DDP if there are several processes."""
-    if world > 1 and args.sync_bn and next(model.parameters()).is_cuda:
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # changes the model itself
-    forward = torch.compile(model) if args.compile else model
-    if world > 1:
-        for m in model.modules():                       # avoids a warning of DDP about strides
-            if isinstance(m, nn.Conv2d) and m.groups > 1:
-                m.to(memory_format=torch.channels_last)
-        forward = DDP(forward, gradient_as_bucket_view=True)
-    return forward
-
-def train_step(forward, model, video, label, optimizer, scaler, args, micro):
-    """Forward, backward and update for one batch, `micro` clips at a time.
-
-    forward: the model as wrap() returns it
-    video: (B, 3, F, S, S), label: (B,) or (B, classes) -> loss and gradient norm, (2,)
-    """
-    model.train()
+    raw_model.train()
     total_loss = torch.zeros((), device=video.device)
     for i in range(0, len(video), micro):
-        # DDP averages gradients over the processes. Once a step is enough, with the last clips.
-        if isinstance(forward, DDP):
-            forward.require_backward_grad_sync = i + micro >= len(video)
+        # DDP averages gradients over the processes. Once a step is enough, in the last pass.
+        if isinstance(model, DDP):
+            model.require_backward_grad_sync = i + micro >= len(video)
         with autocast(video.device, args.precision):
-            logits = forward(video[i:i + micro])
+            logits = model(video[i:i + micro])
         loss = F.cross_entropy(logits.float(), label[i:i + micro],
                                label_smoothing=args.label_smoothing) * (micro / len(video))
         scaler.scale(loss).backward()
         total_loss += loss.detach()
     scaler.unscale_(optimizer)
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+    grad_norm = nn.utils.clip_grad_norm_(raw_model.parameters(), args.grad_clip or math.inf)
     scaler.step(optimizer)                              # in fp16, leaves out a step that overflows
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return torch.stack([total_loss, grad_norm])
+    return total_loss, grad_norm
 
 # ----- The run --------------------------------------------------------------
 
-def main(argv=None):
+def main(argv=None, Model=STDFormer):
     args = get_args(argv)
-    # processes, device, precision
-    rank, world = setup_processes(args.device)
-    device = pick_device(args.device)
-    master = rank == 0                                  # this process prints and writes files
-    torch.set_float32_matmul_precision("high")          # TF32
-    if args.precision == "auto":
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        args.precision = "bf16" if bf16 else "fp16" if device.type == "cuda" else "fp32"
-    micro = args.micro_batch or max(1, args.batch_size // world)
-    if args.batch_size % (world * micro):
-        raise ValueError(f"--batch_size must be a multiple of {world} x --micro_batch {micro}")
 
-    # output folder
-    out_dir, last = Path(args.out_dir), Path(args.out_dir, "last.pt")
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0    # by torchrun
-    resume = args.resume or (restarted and last.is_file())
-    writes = master and not args.dry_run
-    if writes:
+    # ----- processes, device, precision
+    device, rank, world = setup(args.device)
+    master = rank == 0                                  # this process prints and writes files
+    if args.precision == "auto":
+        args.precision = "fp32"
+        if device.type == "cuda":
+            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            args.precision = "bf16" if bf16 else "fp16"
+    set_tf32(args.precision != "fp32")
+    samples = args.batch_size * args.repeat_aug // world        # of this process, in each step
+    micro = args.micro_batch or max(1, samples)
+    if args.batch_size % world or samples % micro:
+        raise ValueError(f"--batch_size {args.batch_size} must be a multiple of the {world} "
+                         f"processes, and the {samples} samples of a process one of "
+                         f"--micro_batch {micro}")
+
+    # ----- output folder
+    out_dir = Path(args.out_dir)
+    last = out_dir / "last.pt"
+    log_file = out_dir / "log.jsonl"
+    resume = args.resume
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and last.is_file():
+        resume = True                                   # torchrun starts again after a crash
+    if master:
         out_dir.mkdir(parents=True, exist_ok=True)
         if any(out_dir.glob("*.pt")) and not resume:
-            raise ValueError(f"--out_dir {out_dir} holds a run: add --resume, or take another")
+            raise ValueError(f"--out_dir {out_dir} holds a run: add --resume, or use another")
 
-    # data
+    # ----- data
     if args.dataset == "toy" and master:
         make_toy(args.data_root)
     if world > 1:
-        dist.barrier()
-    source = last if resume else args.init_from
-    checkpoint = load_checkpoint(source) if source else {}
-    config = model_config(args, base=checkpoint.get("model_config"))
-    train_set, val_set = make_datasets(args, config)
-    classes, num_clips = train_set.classes, len(train_set)
+        dist.barrier()                                  # the others wait for the toy
+    checkpoint, base = None, None
+    if resume or args.init_from:
+        checkpoint = load_checkpoint(last if resume else args.init_from)
+        base = checkpoint["model_config"]
+    config = model_config(args, 1, base)                # classes follow
+    train_set, val_set = make_datasets(args, config.image_size, config.num_frames)
+    classes = train_set.classes
+    num_clips = len(train_set)
     config.num_classes = len(classes)
     steps_per_epoch = num_clips // args.batch_size
-    if steps_per_epoch == 0 or len(val_set) == 0:
-        raise ValueError(f"{num_clips} training and {len(val_set)} validation clips are too few "
-                         f"for --batch_size {args.batch_size}, or --data_root is wrong")
-    total, warmup = args.epochs * steps_per_epoch, round(args.warmup_epochs * steps_per_epoch)
+    if steps_per_epoch == 0:
+        raise ValueError(f"{num_clips} training clips are too few for --batch_size "
+                         f"{args.batch_size}; lower it")
+    total = args.epochs * steps_per_epoch
+    warmup = round(args.warmup_epochs * steps_per_epoch)
 
-    # model, weights, optimizer
+    # ----- model and its weights
     torch.manual_seed(args.seed)
-    model = STDFormer(config)
+    raw_model = Model(config)
+    raw_model.checkpointing = args.checkpointing
+    step, best = 0, -1.0
     if resume:
-        check_resume(checkpoint, classes=classes, clips=num_clips, **vars(args))
-    set_weights(model, args, checkpoint, resume, classes, master)
-    step, best = (checkpoint["step"], checkpoint["best"]) if resume else (0, -1.0)
-    model.checkpointing = args.checkpointing
-    model.to(device)
-    forward = wrap(model, args, world)  # for training; checkpoints and evaluation use the plain one
-    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay, args.clip_lr_scale),
+        check_resume(checkpoint, args, classes, num_clips)
+        raw_model.load_state_dict(checkpoint["model"])
+        step, best = checkpoint["step"], checkpoint["best"]
+    elif args.init_from:
+        init_from(raw_model, checkpoint, args.init_from, classes)
+    elif args.clip != "none" and master:                # DDP sends rank 0's weights to the others
+        loaded, new = load_clip(raw_model, args.clip)
+        print(f"CLIP weights: {loaded} tensors loaded, {new} new")
+    if args.freeze_clip:
+        for name, p in raw_model.named_parameters():
+            # The stem learns: its outer frames are new, and start at 0.
+            p.requires_grad = not is_clip_parameter(name) or name == "conv1.weight"
+    raw_model.to(device)
+
+    # `model` is what training calls. Checkpoints and evaluation use raw_model.
+    if world > 1 and args.sync_bn and device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(raw_model)
+    model = raw_model
+    if args.compile:
+        model = torch.compile(model)
+    if world > 1:
+        # Tokens have their channels last, and so have the gradients of depthwise convolutions. DDP
+        # would have to copy them (and says so) if the weights were laid out in another way.
+        for module in raw_model.modules():
+            if isinstance(module, nn.Conv2d) and module.groups > 1:
+                module.to(memory_format=torch.channels_last)
+        model = DDP(model, gradient_as_bucket_view=True)
+
+    # ----- optimizer
+    optimizer = torch.optim.AdamW(param_groups(raw_model, args.weight_decay, args.clip_lr_scale),
                                   fused=device.type != "mps")
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     if resume:
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())     # {}: not in fp16
-
-    log_file = out_dir / "log.jsonl"
-    if writes:                                          # keep the rows of steps before last.pt
-        logged = log_file.read_bytes() if resume and log_file.is_file() else b""
-        log_file.write_bytes(logged[:logged.rfind(b"\n", 0, checkpoint.get("log_bytes")) + 1])
-        described = dict(args=vars(args), model_config=asdict(config))
-        Path(out_dir, "config.json").write_text(json.dumps(described, indent=1) + "\n")
+        if checkpoint["scaler"]:                        # empty unless it was fp16
+            scaler.load_state_dict(checkpoint["scaler"])
     if master:
-        print_run(args, train_set, val_set, model, world, micro)
+        log_file.touch()                                # somebody may have deleted it
+        written = log_file.stat().st_size
+        kept = min(written, checkpoint["log_bytes"]) if resume else 0
+        os.truncate(log_file, kept)                     # drop the lines of lost steps
     del checkpoint
 
-    # batches; MixUp and CutMix mix the clips of one process, and each step takes one of the two
-    stop_at = min(total, step + 5) if args.dry_run else min(total, args.max_steps or total)
-    batches = step_batches(num_clips, args.batch_size, step, stop_at, args.seed, rank, world)
-    loader = iter(make_loader(train_set, args.workers, args.timeout, device, batch_sampler=batches))
-    mixes = [v2.MixUp(alpha=args.mixup, num_classes=len(classes))] if args.mixup else []
-    mixes += [v2.CutMix(alpha=args.cutmix, num_classes=len(classes))] if args.cutmix else []
+    # ----- batches
+    stop_at = min(total, args.max_steps or total)
+    batches = data.step_batches(num_clips, args.batch_size, step, stop_at, args.seed, rank, world,
+                                args.repeat_aug)
+    loader = iter(data.make_loader(train_set, args.workers, args.timeout, device,
+                                   batch_sampler=batches))
+    mixes = []                                          # each step uses one of them
+    if args.mixup > 0:
+        mixes.append(v2.MixUp(alpha=args.mixup, num_classes=len(classes)))
+    if args.cutmix > 0:
+        mixes.append(v2.CutMix(alpha=args.cutmix, num_classes=len(classes)))
+    if master:
+        print_run(args, train_set, val_set, raw_model, device, world, micro)
 
+    # ----- what is written
     def save(name):
         """Write another file first, then rename it: a crash leaves the old checkpoint as it was."""
-        if not writes:
+        if not master:
             return
         torch.save(dict(
-            model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-            step=step, epoch=step // steps_per_epoch, step_in_epoch=step % steps_per_epoch,
-            best=best, classes=classes, clips=num_clips, log_bytes=log_file.stat().st_size,
-            model_config=asdict(config), mean=data.CLIP_MEAN, std=data.CLIP_STD, args=vars(args),
+            model=raw_model.state_dict(), optimizer=optimizer.state_dict(),
+            scaler=scaler.state_dict(), step=step, epoch=step // steps_per_epoch,
+            step_in_epoch=step % steps_per_epoch, best=best, classes=classes, clips=num_clips,
+            log_bytes=log_file.stat().st_size, model_config=asdict(config), mean=data.CLIP_MEAN,
+            std=data.CLIP_STD, args=vars(args),
         ), out_dir / f"{name}.tmp")
         os.replace(out_dir / f"{name}.tmp", out_dir / name)
 
     def log(line, **row):
-        """Print a row in this form, and write it to log.jsonl."""
+        """Print a line, and write a row to log.jsonl."""
         if master:
-            print(line.format(total=total, **row))
-        if writes:
+            print(line)
             with open(log_file, "a") as f:
                 f.write(json.dumps(row) + "\n")
 
-    # Slurm and torchrun stop a job with SIGTERM, you with Ctrl-C: go on to the next log line, save.
+    # Slurm and torchrun stop a job with SIGTERM, you with Ctrl-C. The loop sees it at its next log
+    # line, and saves.
     signals = []
-    for number in signal.SIGTERM, signal.SIGINT:
-        signal.signal(number, lambda signum, frame: signals.append(signum))
+    signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
+    signal.signal(signal.SIGINT, lambda number, frame: signals.append(number))
 
-    # ===== the loop =====
-    stopped, saved, window_start, waited, window = False, time.time(), time.time(), 0.0, []
+    # ----- the loop
+    stopped = False
+    saved = time.time()
+    window_start = time.time()
+    waited = 0.0                                        # seconds for data, in this window
+    losses, norms = [], []                              # of the steps in this window
+    skipped_in_a_row = 0                                # steps that fp16's scaler left out
     while True:
-        # Validation comes after last.pt is written. If a run ends in it, --resume begins with it.
-        epoch, step_in_epoch = divmod(step, steps_per_epoch)
-        due = step_in_epoch == 0 and step > 0 and epoch % args.eval_every == 0
-        if (due or step == total) and not stopped and not args.dry_run:
-            if world > 1:                               # without SyncBatchNorm each has its own
-                for buffer in model.buffers():
+        # Validation comes after last.pt is written. If a run dies in it, --resume begins with it.
+        epoch = step // steps_per_epoch
+        epoch_is_over = step % steps_per_epoch == 0 and step > 0
+        if epoch_is_over and (epoch % args.eval_every == 0 or step == total) and not stopped:
+            if world > 1:                               # each process has its own BatchNorm
+                for buffer in raw_model.buffers():
                     dist.broadcast(buffer, 0)
-            result = evaluate(model, val_set, device, rank, world, 4 * micro, args.workers,
+            result = evaluate(raw_model, val_set, device, rank, world, 4 * micro, args.workers,
                               args.timeout, args.precision)
-            del result["probabilities"]
+            del result["probabilities"]                 # the rest goes to the log
             if result["top1"] > best:
                 best = result["top1"]
                 save("best.pt")
-            log("epoch {epoch}  validation, one centre view: top1 {top1:.2f} top5 {top5:.2f} "
-                "loss {loss:.4f} clips {clips}", kind="eval", step=step, epoch=epoch, **result)
-            if writes:
-                draw_curves(out_dir)
+            log(f"epoch {epoch}  validation, one centre view: top1 {result['top1']:.2f} "
+                f"top5 {result['top5']:.2f} loss {result['loss']:.4f} clips {result['clips']}",
+                kind="eval", step=step, epoch=epoch, **result)
             window_start = time.time()
         if stopped or step >= stop_at:
             break
@@ -347,52 +477,70 @@ def main(argv=None):
         video, label, _ = next(loader)
         waited += time.time() - wait_start
         seed = np.random.SeedSequence([args.seed, step, rank]).generate_state(1)[0]
-        torch.manual_seed(int(seed))                    # dropout, stochastic depth, MixUp
-        video = data.normalize(video.to(device, non_blocking=True))
-        label = label.to(device, non_blocking=True)
+        torch.manual_seed(int(seed))                    # for all that is random from here on
+        non_blocking = device.type == "cuda"            # from pinned memory
+        video = data.normalize(video.to(device, non_blocking=non_blocking))
+        label = label.to(device, non_blocking=non_blocking)
+        if args.random_erasing > 0:
+            video = erase(video, args.random_erasing)
         if mixes:
             mix = mixes[int(torch.randint(len(mixes), ()))]
-            video, label = mix(tv_tensors.Video(video), label)      # they take 5D as Video only
+            video, label = mix(tv_tensors.Video(video), label)  # it takes five dimensions as Video
 
         # the update
-        window.append(train_step(forward, model, video, label, optimizer, scaler, args, micro))
+        loss, grad_norm = train_step(model, raw_model, video, label, optimizer, scaler, args, micro)
+        losses.append(loss)
+        norms.append(grad_norm)
         step += 1
-        epoch_end = step % steps_per_epoch == 0
-        if step % args.log_every and not epoch_end and step < stop_at:
+        epoch_is_over = step % steps_per_epoch == 0
+        if step % args.log_every != 0 and not epoch_is_over and step < stop_at:
             continue
 
-        # All processes learn here of a signal or a broken loss, so that they leave together.
-        stats = torch.stack([*window, torch.tensor([len(signals), 0.0], device=device)])
+        # The end of a window: the only point at which the CPU waits for a GPU. Processes share
+        # their losses, and whether one of them got a signal. So they stop together.
+        losses = torch.stack(losses)
+        stop = torch.tensor(float(len(signals) > 0), device=device)
         if world > 1:
-            dist.all_reduce(stats)
-        *rows, (stopped, _) = (stats / world).tolist()  # stopped is not 0 if any got a signal
-        losses, norms = zip(*rows)
-        loss, finite = sum(losses) / len(losses), [n for n in norms if math.isfinite(n)]
-        skipped = len(norms) - len(finite)              # by the scaler, in fp16
-        if not math.isfinite(loss) or (skipped and not scaler.is_enabled()):
-            raise FloatingPointError(f"loss {loss}, summed gradient norm {sum(norms)}, step {step} "
-                                     f"at lr {lr:.2e}: lower --lr or lengthen --warmup_epochs")
+            dist.all_reduce(losses)
+            dist.all_reduce(stop)
+        loss = losses.mean().item() / world
+        stopped = stop.item() > 0
+        norms = torch.stack(norms).tolist()             # DDP makes them equal on all processes
+        finite = [norm for norm in norms if math.isfinite(norm)]
+        skipped = len(norms) - len(finite)
+        skipped_in_a_row = 0 if finite else skipped_in_a_row + skipped
+        diverged = skipped > 0 and not scaler.is_enabled()
+        if not math.isfinite(loss) or diverged or skipped_in_a_row >= 20:
+            raise FloatingPointError(f"loss {loss}, gradient norm {norms[-1]} at step {step}, lr "
+                                     f"{lr:.2e}: lower --lr or lengthen --warmup_epochs")
         seconds = time.time() - window_start
-        log("epoch {epoch:6.2f}  step {step}/{total}  loss {loss:.4f}  lr {lr:.2e}  grad "
-            "{grad_norm:.2f}  {clips_per_s:.3g} clips/s  data {data_wait:.0%}"
-            + ("  {memory_gib:.1f} GiB" if device.type == "cuda" else ""),
-            kind="train", step=step, epoch=round(step / steps_per_epoch, 4), loss=loss, lr=lr,
-            grad_norm=finite[-1] if finite else 0.0, skipped=skipped, data_wait=waited / seconds,
-            clips_per_s=len(window) * args.batch_size / seconds,
-            memory_gib=torch.cuda.max_memory_allocated() / 2 ** 30)
-        if epoch_end or stopped or step == stop_at or time.time() - saved > 60 * args.save_minutes:
+        row = dict(kind="train", step=step, epoch=round(step / steps_per_epoch, 4), loss=loss,
+                   lr=lr, grad_norm=finite[-1] if finite else 0.0, skipped=skipped,
+                   clips_per_s=len(norms) * args.batch_size / seconds, data_wait=waited / seconds,
+                   memory_gib=torch.cuda.max_memory_allocated() / 2 ** 30)
+        line = (f"epoch {row['epoch']:6.2f}  step {step}/{total}  loss {loss:.4f}  lr {lr:.2e}  "
+                f"grad {row['grad_norm']:.2f}  {row['clips_per_s']:.3g} clips/s  "
+                f"data {row['data_wait']:.0%}")
+        if device.type == "cuda":
+            line += f"  {row['memory_gib']:.1f} GiB"
+        if skipped > 0:
+            line += f"  {skipped} steps skipped"
+        log(line, **row)
+        save_is_due = time.time() - saved > 60 * args.save_minutes
+        if epoch_is_over or stopped or step == stop_at or save_is_due:
             save("last.pt")
             saved = time.time()
-        window_start, waited, window = time.time(), 0.0, []
+        window_start = time.time()
+        waited = 0.0
+        losses, norms = [], []
 
-    # ===== the end =====
-    ending = f"stopped after step {step} of {total}; the same command with --resume goes on"
-    if step == total and not stopped:
-        ending = f"done: best top1 {best:.2f}. Test: python evaluate.py --ckpt {out_dir}/best.pt"
-    if master:
-        print("dry run: nothing was kept" if args.dry_run else ending)
+    # ----- the end
+    if master and step == total and not stopped:
+        print(f"done: best top1 {best:.2f}. Test: python evaluate.py --ckpt {out_dir}/best.pt")
+    elif master:
+        print(f"stopped after step {step} of {total}; rerun with --resume to continue")
     if world > 1:
         dist.destroy_process_group()
 
 if __name__ == "__main__":
-    run_program(main)
+    run_command(main)

@@ -1,13 +1,21 @@
-"""The toy data: small motions over clutter, ten classes, in the layout of Something-Something V1.
+"""Toy data in the layout of Something-Something V1: small clips that only their order tells apart.
 
     python scripts/toy_data.py                          # datasets/toy; train.py does so by itself
-    python scripts/toy_data.py --data_root DIR --difficulty 0.5
+    python scripts/toy_data.py --task order --data_root datasets/order
+    python scripts/toy_data.py --task cycle --data_root datasets/cycle
 
-Each clip shows a thing that moves, turns, grows or lights up, or does so in reverse. A single frame
-tells nothing about the class, and neither do all frames in random order: only motion does.
+motion  Ten classes. An object moves, turns, grows or lights up over clutter, or does so in reverse.
+        A few neighbouring frames tell them apart.
+order   Six classes. Of three shapes, two light up, one after the other, and the class is which two
+        and in which order. The second follows after a gap, so that neighbouring frames do not tell.
+cycle   Two classes. Three shapes light up in turn, and the class is their cyclic order.
 
-    toy_scene -> toy_render -> toy_clip -> make_toy
-    all draws    frames        label       the folder
+In each task a clip played backwards belongs to another class, with the same frames. So a single
+frame tells nothing of the direction, and all frames in random order tell no more.
+
+    motion          toy_scene   -> toy_render   -> toy_clip   -> make_toy
+    order, cycle    shape_scene -> shape_render -> shape_clip -> make_toy
+                    all draws      frames          label         the folder
 
 Everything follows from the seed, the split and the number of a clip.
 """
@@ -19,13 +27,11 @@ import shutil
 import sys
 import tempfile
 import time
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from scripts.guards import run_program
 
 TOY_VERSION = 1
 TOY_SIZE = 64                                           # pixels, square
@@ -36,8 +42,13 @@ TOY_CLASSES = (                                         # each motion, and the s
     ("Moving something closer to the camera", "Moving something away from the camera"),
     ("Lighting something up", "Letting something grow dark"),
 )
+SHAPES = ("disc", "square", "cross")
+ORDER_CLASSES = {pair: f"Lighting up a {pair[0]}, then a {pair[1]}"
+                 for pair in permutations(SHAPES, 2)}
+CYCLE_CLASSES = {("disc", "square", "cross"): "Lighting up disc, square and cross in turn",
+                 ("disc", "cross", "square"): "Lighting up disc, cross and square in turn"}
 
-# ----- Scenes ---------------------------------------------------------------
+# ----- Scenes of the motion task --------------------------------------------
 
 def toy_progress(rng, n, low, high):
     """How far a motion has come at each of n frames: low to high periods in all. (n,)
@@ -51,29 +62,22 @@ def toy_progress(rng, n, low, high):
     steps[start:start + pause] = 0
     return np.concatenate([[0], np.cumsum(steps / steps.sum() * rng.uniform(low, high))])
 
-
-def toy_scene(rng, motion, n, difficulty=0.0):
+def toy_scene(rng, motion, n):
     """Draw everything random about a clip. Motion 0 to 4 (a row of TOY_CLASSES) runs forward.
 
     The object has five states, one for each motion: x, y, angle, size and brightness, in periods.
     Each is periodic with a uniform phase, and all else is drawn alike for all classes. So a single
-    frame tells nothing, and the frames without their order tell no more than the pair.
-
-    A difficulty above 0, up to 1, puts the motion of n frames into a clip of up to 4 n. The motion
-    is shorter then, so that 16 sampled frames still tell its direction. It also fades the object,
-    and adds texture and moving distractors. Returns a dict for toy_render.
+    frame tells nothing, and the frames without their order tell no more than the pair. Returns a
+    dict for toy_render.
     """
-    length = round(n * (1 + 3 * difficulty))
-    states = np.repeat(rng.random(5)[:, None], length, axis=1)      # all but one stay as they are
+    states = np.repeat(rng.random(5)[:, None], n, axis=1)           # all but one stay as they are
     sign = (1, -1, 1, 1, 1)[motion]                     # image rows count downwards: up is -y
-    low, high = 1.0 / (1 + 1.5 * difficulty), 1.7 / (1 + 1.8 * difficulty)
-    motion_course = sign * toy_progress(rng, n, low, high)
+    motion_course = sign * toy_progress(rng, n, 1.0, 1.7)
 
     distractors = []
-    for moving in (False, False, True, True) + (True,) * round(4 * difficulty):
-        angle, course = rng.uniform(0, 2 * np.pi), np.zeros(length)
-        if moving:
-            course = toy_progress(rng, length, 0.3 * length / n, 1.0 * length / n)
+    for moving in (False, False, True, True):
+        angle = rng.uniform(0, 2 * np.pi)
+        course = toy_progress(rng, n, 0.3, 1.0) if moving else np.zeros(n)
         distractors.append(dict(x=rng.random() + np.cos(angle) * course,
                                 y=rng.random() + np.sin(angle) * course,
                                 radius=rng.uniform(0.04, 0.08), color=rng.uniform(0, 1, 3),
@@ -87,14 +91,46 @@ def toy_scene(rng, motion, n, difficulty=0.0):
     profile = np.append(np.sort(rng.uniform(0.35, 0.9, 3))[::-1], 0.1)
     colors = np.stack([rng.uniform(0.6, 1, 3), rng.uniform(0, 0.5, 3)])
     noise = int(rng.integers(2 ** 31))
-
-    before = rng.integers(0, length - n + 1)
-    states[motion] += np.pad(motion_course, (before, length - n - before), mode="edge")
-    fine_texture = 0.14 * difficulty * rng.uniform(-1, 1, (24, 24, 3))
+    states[motion] += motion_course
     return dict(states=states, distractors=distractors, blobs=blobs, texture=texture,
-                profile=profile, colors=colors, noise=noise, contrast=1 - 0.5 * difficulty,
-                fine_texture=fine_texture)
+                profile=profile, colors=colors, noise=noise)
 
+# ----- Scenes of the tasks order and cycle ----------------------------------
+
+# A shape lights up for two frames, so that sampling 16 frames of a clip cannot miss it.
+
+def order_times(rng, frames, gap):
+    """The frames at which two shapes light up: gap or gap + 1 apart, anywhere they fit.
+
+    So a window of fewer than `gap` frames never shows both.
+    """
+    gap = gap + rng.integers(2)
+    first = rng.integers(frames - 1 - gap)
+    return [int(first), int(first + gap)]
+
+def cycle_times(rng, frames):
+    """The frames at which three shapes light up: a third of the clip apart, from anywhere."""
+    times = rng.uniform(0, frames) + np.arange(3) * frames / 3
+    return [int(time) % frames for time in times]
+
+def shape_scene(rng, shapes, times, frames):
+    """Draw everything random about a clip in which `shapes` light up at `times`.
+
+    All three shapes are in every frame, each at a random position. Returns a dict for shape_render.
+    """
+    cells = rng.permutation(4)[:len(SHAPES)]            # quarters of the frame, so none overlap
+    objects = []
+    for shape, cell in zip(SHAPES, cells):
+        light = np.zeros(frames)
+        if shape in shapes:
+            first = times[shapes.index(shape)]
+            light[[first, (first + 1) % frames]] = 1
+        objects.append(dict(shape=shape, light=light, radius=rng.uniform(0.13, 0.18),
+                            x=(cell % 2) / 2 + rng.uniform(0.19, 0.31),
+                            y=(cell // 2) / 2 + rng.uniform(0.19, 0.31),
+                            color=rng.uniform(0.5, 1, 3)))
+    return dict(objects=objects, texture=rng.uniform(0.05, 0.25, (6, 6, 3)), blobs=[],
+                noise=int(rng.integers(2 ** 31)), frames=frames)
 
 # ----- Painting -------------------------------------------------------------
 # A thing is painted into all frames of a clip at once, and only into the pixels around it. Pixels
@@ -104,10 +140,8 @@ def away(a, b):
     """a - b on a circle of circumference 1, float32: -0.5 to 0.5."""
     return (a - np.float32(b) + 0.5) % 1 - 0.5
 
-
 def pixel_centers(size):
     return (np.arange(size, dtype=np.float32) + 0.5) / size
-
 
 def pixels_around(x, y, reach, size):
     """The k x k pixels around a point that moves, in each frame. x, y: (n, 1, 1)
@@ -123,17 +157,14 @@ def pixels_around(x, y, reach, size):
     numbers = (frames * size + rows) * size + columns
     return away(centers[columns], x), away(centers[rows], y), numbers
 
-
 def soft(distance, size):
     """1 inside (distance < 0), 0 outside, with an edge one pixel wide."""
     return np.clip(0.5 - distance * size, 0, 1)
-
 
 def blend(channel, pixels, mask, color):
     """Mix a colour into some pixels of a channel, which is a flat view of all frames."""
     before = channel[pixels]
     channel[pixels] = before + mask * (color - before)
-
 
 def toy_background(scene, size):
     """What stands still behind all the rest: float32 (size, size, 3)."""
@@ -147,10 +178,7 @@ def toy_background(scene, size):
         rows, columns = np.abs(away(centers, cy)) < h / 2, np.abs(away(centers, cx)) < w / 2
         inside = rows[:, None] & columns
         background[inside] = 0.5 * background[inside] + 0.5 * color
-    if scene["fine_texture"].any():
-        background += enlarge(0.5 + scene["fine_texture"]) - 0.5
     return background
-
 
 def paint_distractors(frames, scene, front, size):
     """Paint the discs in front of the object, or those behind it."""
@@ -163,7 +191,6 @@ def paint_distractors(frames, scene, front, size):
             pixels, mask = pixels[inside], mask[inside]
             for channel, color in zip(frames.reshape(-1, 3).T, disc["color"][:, None]):
                 blend(channel, pixels, mask, color)
-
 
 def paint_object(frames, scene, size):
     """Paint the thing whose motion is the class. Its ends differ in width and colour."""
@@ -186,13 +213,11 @@ def paint_object(frames, scene, size):
 
     width = np.interp(u, np.linspace(-1, 1, len(profile)), profile).astype(np.float32)
     mask = soft(np.maximum(np.abs(v) - width, np.abs(u) - 1) * radius, size)
-    mask = scene["contrast"] * mask
     tail = np.clip(0.5 - 4 * (u + 0.1), 0, 1)           # 1 at the tail, 0 at the tip
     tail_color, tip_color = scene["colors"][:, :, None]
     for i, channel in enumerate(frames.reshape(-1, 3).T):
         color = (tail_color[i] * tail + tip_color[i] * (1 - tail)) * light
         blend(channel, pixels, mask, color)
-
 
 def toy_render(scene, size=TOY_SIZE):
     """Paint a scene: uint8 RGB (n, size, size, 3).
@@ -203,126 +228,143 @@ def toy_render(scene, size=TOY_SIZE):
     paint_distractors(frames, scene, False, size)
     paint_object(frames, scene, size)
     paint_distractors(frames, scene, True, size)
+    return add_noise(frames, scene)
+
+def shape_render(scene, size=TOY_SIZE):
+    """Paint a scene of the tasks order and cycle: uint8 RGB (n, size, size, 3)."""
+    frames = np.repeat(toy_background(scene, size)[None], scene["frames"], axis=0)
+    centers = pixel_centers(size)
+    for thing in scene["objects"]:
+        dx = np.abs(centers[None, :] - thing["x"]) / thing["radius"]
+        dy = np.abs(centers[:, None] - thing["y"]) / thing["radius"]
+        if thing["shape"] == "disc":
+            inside = np.hypot(dx, dy) < 1
+        elif thing["shape"] == "square":
+            inside = np.maximum(dx, dy) < 0.85
+        else:
+            inside = (np.minimum(dx, dy) < 0.3) & (np.maximum(dx, dy) < 1)
+        light = (0.4 + 0.6 * thing["light"])[:, None, None]             # dark, but always there
+        frames[:, inside] = (light * thing["color"]).astype(np.float32)
+    return add_noise(frames, scene)
+
+def add_noise(frames, scene):
     frames += 0.02 * np.random.default_rng(scene["noise"]).standard_normal(frames.shape)
     return (np.clip(frames, 0, 1) * 255).round().astype(np.uint8)
 
+# ----- Clips ----------------------------------------------------------------
 
-def toy_clip(seed, split, number, difficulty=0.0):
-    """One clip and its class: uint8 (n, 64, 64, 3), with n 18 to 30, or 72 to 120 at difficulty 1.
+def toy_clip(seed, split, number):
+    """One clip of the motion task and its class: uint8 (n, 64, 64, 3), with n 18 to 30.
 
     The numbers 0, 1, 2 ... run through the classes in turn.
     """
     rng = np.random.default_rng([TOY_VERSION, seed, ("train", "validation").index(split), number])
     motion, backward = divmod(number % (2 * len(TOY_CLASSES)), 2)
-    frames = toy_render(toy_scene(rng, motion, int(rng.integers(18, 31)), difficulty))
+    frames = toy_render(toy_scene(rng, motion, int(rng.integers(18, 31))))
     return (frames[::-1] if backward else frames), TOY_CLASSES[motion][backward]
 
+def shape_clip(seed, split, number, task, frames=16, gap=4):
+    """One clip of the task order or cycle: uint8 (frames, 64, 64, 3), class and {shape: time}."""
+    rng = np.random.default_rng([TOY_VERSION, seed, ("train", "validation").index(split), number,
+                                 ("order", "cycle").index(task)])
+    classes = ORDER_CLASSES if task == "order" else CYCLE_CLASSES
+    shapes = list(classes)[number % len(classes)]
+    times = order_times(rng, frames, gap) if task == "order" else cycle_times(rng, frames)
+    scene = shape_scene(rng, shapes, times, frames)
+    return shape_render(scene), classes[shapes], dict(zip(shapes, times))
 
 # ----- The folder -----------------------------------------------------------
 
+def class_names(task):
+    if task == "motion":
+        return [name for pair in TOY_CLASSES for name in pair]
+    return list((ORDER_CLASSES if task == "order" else CYCLE_CLASSES).values())
+
 def write_toy_clip(job):
-    """job: the folder of all clips, the clip's id, and toy_clip's arguments. Returns id, class."""
-    folder, clip, *which = job
-    frames, text = toy_clip(*which)
+    """job: folder, id, and which clip it is. Returns its lines of the annotations."""
+    folder, clip, seed, split, number, task, length, gap = job
+    if task == "motion":
+        frames, text = toy_clip(seed, split, number)
+        events = {}
+    else:
+        frames, text, events = shape_clip(seed, split, number, task, length, gap)
     os.mkdir(f"{folder}/{clip}")
     for i, frame in enumerate(frames, 1):
         with open(f"{folder}/{clip}/{i:05d}.jpg", "wb") as file:
             Image.fromarray(frame).save(file, "JPEG", quality=92)
-    return clip, text
+    return f"{clip};{text}\n", f"{clip};{json.dumps(events)}\n"
 
-
-def start_processes():
-    """A pool with a process for each core, 8 at most."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    # Each new process imports the file of the main program. If that is train.py, it imports torch,
-    # which takes seconds. So let this file stand in for the main program meanwhile.
-    main_program = sys.modules["__main__"]
-    sys.modules["__main__"] = sys.modules[__name__]
-    try:
-        return multiprocessing.get_context("spawn").Pool(min(8, cores))
-    finally:
-        sys.modules["__main__"] = main_program
-
-
-def write_toy(folder, seed, train, validation, difficulty):
+def write_toy(folder, made):
     """Write clips and annotations into an empty folder. Ids count from 1, first those to train."""
     from tqdm import tqdm                               # the processes do not need it
     clips = folder / "20bn-something-something-v1"
     clips.mkdir()
-    jobs = [(clips, 1 + i, seed, "train", i, difficulty) for i in range(train)]
-    jobs += [(clips, 1 + train + i, seed, "validation", i, difficulty) for i in range(validation)]
-    lines = []
-    with start_processes() as pool:
+    jobs = []
+    for split in ("train", "validation"):
+        for i in range(made[split]):
+            jobs.append((clips, 1 + len(jobs), made["seed"], split, i, made["task"],
+                         made["frames"], made["gap"]))
+    lines, events = [], []
+    with multiprocessing.Pool(min(8, os.cpu_count())) as pool:
         written = pool.imap(write_toy_clip, jobs, chunksize=16)
-        for clip, text in tqdm(written, "making the toy data", len(jobs), unit=" clips",
-                               disable=None):
-            lines.append(f"{clip};{text}\n")
-    names = [text + "\n" for pair in TOY_CLASSES for text in pair]
+        for line, event in tqdm(written, "making the toy data", len(jobs), unit=" clips",
+                                disable=None):
+            lines.append(line)
+            events.append(event)
+    train = made["train"]
+    names = [name + "\n" for name in class_names(made["task"])]
     for name, rows in (("train", lines[:train]), ("validation", lines[train:]), ("labels", names)):
         (folder / f"something-something-v1-{name}.csv").write_text("".join(rows))
+    if made["task"] != "motion":
+        (folder / "events.csv").write_text("".join(events))
 
+def make_toy(root, task="motion", frames=16, gap=4, seed=0, train=6000, validation=500):
+    """Make toy data in `root`, a new or empty folder.
 
-def make_toy(root, seed=None, train=None, validation=None, difficulty=None):
-    """Make the toy data in `root`: by default 6000 training and 500 validation clips of seed 0.
-
-    If `root` holds toy data already, they stay, and must have what is asked for. New data are
-    written to a folder beside `root` that is renamed at the end, so `root` is never half made, not
-    even if the process is killed or another makes the same. Raises ValueError if the toy data in
-    `root` are others, if it holds something else, or if a number is out of range.
+    They are written beside `root` and renamed at the end. So `root` is never half made, even if the
+    process is killed. ValueError if `root` holds something, or if a number is out of range.
     """
     root = Path(root)
-    flags = dict(seed=seed, train=train, validation=validation, difficulty=difficulty)
-    flags = {name: value for name, value in flags.items() if value is not None}
-    for name, least in (("seed", 0), ("train", 1), ("validation", 1)):
-        if flags.get(name, least) < least:
-            raise ValueError(f"--{name} {flags[name]}: expected {least} or more")
-    if not 0 <= flags.get("difficulty", 0) <= 1:
-        raise ValueError(f"--difficulty {difficulty}: expected 0 to 1")
-
-    asked = {"version": TOY_VERSION, **flags}
-    if (root / "toy.json").is_file():
-        found = json.loads((root / "toy.json").read_text())
-        if not asked.items() <= found.items():
-            raise ValueError(f"{root}/toy.json: found {found}, expected {asked}; "
-                             "delete the folder or give another --data_root")
-        return
+    if task == "order" and not 2 <= gap <= frames - 3:
+        raise ValueError(f"--gap {gap} does not fit: expected 2 to {frames - 3} for --frames "
+                         f"{frames}")
     if root.exists() and any(root.iterdir()):
-        raise ValueError(f"--data_root {root}: holds other files; "
-                         "the toy data needs a new or empty folder")
-
-    made = {"seed": 0, "train": 6000, "validation": 500, "difficulty": 0, **asked}
+        raise ValueError(f"--data_root {root} is not empty: delete it, or give another folder")
+    made = dict(version=TOY_VERSION, task=task, frames=frames, gap=gap, seed=seed, train=train,
+                validation=validation)
     start = time.time()
     root.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=root.name + ".", dir=root.parent))
     try:
         folder = scratch / root.name                    # scratch itself is closed to other users
         folder.mkdir()
-        write_toy(folder, made["seed"], made["train"], made["validation"], made["difficulty"])
+        write_toy(folder, made)
         (folder / "toy.json").write_text(json.dumps(made) + "\n")
         if root.exists():
-            root.rmdir()                                # it is empty
+            root.rmdir()
         os.rename(folder, root)
-        print(f"{root}: made {made['train']} training and {made['validation']} validation clips "
-              f"in {time.time() - start:.0f} s")
-    except OSError:
-        if not (root / "toy.json").is_file():           # else another process was faster
-            raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
+    print(f"{root}: made {train} training and {validation} validation clips in "
+          f"{time.time() - start:.0f} s")
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data_root", default="datasets/toy", help="new folder (default: datasets/toy)")
-    p.add_argument("--seed", type=int, help="another seed makes other clips (default: 0)")
-    p.add_argument("--train", type=int, help="training clips (default: 6000)")
-    p.add_argument("--validation", type=int, help="validation clips (default: 500)")
-    p.add_argument("--difficulty", type=float, help="0 to 1: longer clips with a shorter motion, "
-                   "low contrast, texture, more moving distractors (default: 0)")
+    add = p.add_argument
+    add("--data_root", default="datasets/toy", help="new folder (default: datasets/toy)")
+    add("--task", default="motion", choices=("motion", "order", "cycle"))
+    add("--frames", type=int, default=16, help="frames of a clip, for order and cycle")
+    add("--gap", type=int, default=4, help="frames from the first event of order to the second")
+    add("--seed", type=int, default=0, help="another seed makes other clips")
+    add("--train", type=int, default=6000, help="training clips")
+    add("--validation", type=int, default=500, help="validation clips")
     args = p.parse_args(argv)
-    make_toy(args.data_root, args.seed, args.train, args.validation, args.difficulty)
-
+    make_toy(args.data_root, args.task, args.frames, args.gap, args.seed, args.train,
+             args.validation)
 
 if __name__ == "__main__":
-    run_program(main)
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        sys.exit(f"toy_data.py: {e}")

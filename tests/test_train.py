@@ -1,11 +1,16 @@
-"""train.py: schedule, sampler, flags, checkpoints, exact resume, stopping, several processes.
+"""train.py: a run is what its flags say, on any number of processes, and a stop costs nothing.
+
+Protects: recipes and flags; the steps of a plain loop; bit-exact resume after SIGKILL, SIGTERM or
+--max_steps; checkpoints that are whole or not there; two processes that train as one; NaN that
+stops all of them; the four files alone in a folder.
 
 python -m pytest -q tests/test_train.py
 """
-
+import functools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,112 +20,70 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+import torch.nn.functional as F
 
 import data
 import evaluate
 import model
 import train
-from conftest import ROOT, SMALL_MODEL, run_two_ranks
-from model import build_model, load_checkpoint
-from scripts import guards
-from scripts.variants import VARIANTS, FrozenBNFormer
+from conftest import (PROCESSES, ROOT, free_port, on_two_ranks, save_frames, torchrun_variables,
+                      write_v1)
+from model import STDFormer, build_model, load_checkpoint
 
-CLASSES = [
-    "Pulling something from left to right",
-    "Pulling something from right to left",
-    "Showing something, then hiding it",
-]
-TIMING = ("clips_per_s", "data_wait", "memory_gib")  # of a log row; they differ between runs
-DOCUMENTED = {
-    "model",
-    "optimizer",
-    "scaler",
-    "epoch",
-    "step",
-    "step_in_epoch",
-    "best",
-    "model_config",
-    "classes",
-    "clips",
-    "log_bytes",
-    "mean",
-    "std",
-    "args",
-}
-SMALL = (
-    "--dataset ssv1 --clip none --model tiny --dim 32 --depth 2 --heads 2 --num_frames 4 "
-    "--image_size 16 --patch_size 8 --epochs 2 --warmup_epochs 0.5 --batch_size 4 --lr 1e-3 "
-    "--randaugment 0 --mixup 0 --cutmix 0 --crop_scale 0.5 --workers 0 --device cpu --log_every 1"
-).split()
-# no dropout of any kind
-PLAIN = "--drop_path 0 --ctm_drop_path 0 --ctm_dropout 0 --head_dropout 0".split()
+CLASSES = ["Pulling something from left to right", "Pulling something from right to left",
+           "Showing something, then hiding it"]
+SMALL = ("--dataset ssv1 --recipe toy --dim 32 --depth 2 --heads 2 --num_frames 4 --image_size 16 "
+         "--epochs 2 --warmup_epochs 0.5 --batch_size 4 --workers 0 --device cpu "
+         "--log_every 1").split()
+EVERYTHING = ("--mixup 0.8 --cutmix 1.0 --randaugment 9 --random_erasing 0.5 --repeat_aug 2 "
+              "--drop_path 0.2 --ctm_drop_path 0.4 --ctm_dropout 0.5 --head_dropout 0.5 "
+              "--seed 5").split()                       # all that is random
+TIMING = ("clips_per_s", "data_wait", "memory_gib")     # of a log row; they differ between runs
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-
 def write_clips(root, classes=CLASSES, train=18, validation=6):
-    """A data set in Something-Something V1's layout: a bright bar goes right, left, or blinks, over
-    noise.
-    """
-    rng, number = np.random.default_rng(0), 0
-    root.mkdir()
-    (root / "something-something-v1-labels.csv").write_text("".join(c + "\n" for c in classes))
-    for split, n in (("train", train), ("validation", validation)):
-        lines = []
+    """A bright bar goes right, goes left, or blinks, over noise. In V1's layout."""
+    rng = np.random.default_rng(0)
+    number = 0
+    splits = {"train": [], "validation": []}
+    for split, n in ("train", train), ("validation", validation):
         for i in range(n):
-            number, kind, frames = number + 1, i % 3, 6 + i % 3
-            folder = root / "20bn-something-something-v1" / str(number)
-            folder.mkdir(parents=True)
-            for t in range(frames):
-                picture = rng.integers(0, 90, (16, 20, 3), dtype=np.uint8)
-                if kind < 2:
-                    x = 2 * t if kind == 0 else 16 - 2 * t
-                    picture[:, x : x + 4] = 250
-                elif t % 2:
-                    picture[:] = 250
-                Image.fromarray(picture).save(folder / f"{t + 1:05d}.png")
-            lines.append(f"{number};{classes[i % len(classes)]}\n")
-        (root / f"something-something-v1-{split}.csv").write_text("".join(lines))
+            number += 1
+            frames = rng.integers(0, 90, (6 + i % 3, 16, 20, 3))
+            for t, frame in enumerate(frames):
+                if i % 3 == 2:
+                    frame[:] = 250 * (t % 2)
+                else:
+                    x = 2 * t if i % 3 == 0 else 16 - 2 * t
+                    frame[:, x:x + 4] = 250
+            save_frames(root / "20bn-something-something-v1" / str(number), frames)
+            splits[split].append((str(number), classes[i % len(classes)]))
+    write_v1(root, classes, **splits)
     return root
-
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """18 training clips, so four steps of 4 an epoch (two clips are left over), and 6 for
-    validation.
-    """
+    """18 training clips are four steps of 4 an epoch. Two clips are left over."""
     return write_clips(tmp_path_factory.mktemp("train") / "clips")
 
+def flags_for(clips, out, *flags):
+    return [*SMALL, "--data_root", str(clips), "--out_dir", str(out), *flags]
 
-@pytest.fixture
-def bn_frozen(monkeypatch):
-    """train.py's model keeps the running statistics of BatchNorm."""
-    monkeypatch.setattr(train, "STDFormer", FrozenBNFormer)
+def train_only(clips, out, *flags, Model=STDFormer):
+    train.main(flags_for(clips, out, *flags), Model)
 
-
-def train_here(clips, out, *flags):
-    """train.py in this process, which gets its signal handlers back."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        train.main([*SMALL, "--data_root", str(clips), "--out_dir", str(out), *flags])
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def run(clips, out, *flags):
-    """The same; returns its last checkpoint and the rows of its log."""
-    train_here(clips, out, *flags)
+def run(clips, out, *flags, Model=STDFormer):
+    """train.py in this process. Returns its last checkpoint and the rows of its log."""
+    train_only(clips, out, *flags, Model=Model)
     return load_checkpoint(out / "last.pt"), read_log(out)
 
-
 def read_log(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
+    """The rows, without what a clock measures."""
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
 
 def losses(rows):
     return [row["loss"] for row in rows if row["kind"] == "train"]
-
 
 def same(a, b):
     """Equal to the last bit, through dicts and lists of tensors."""
@@ -132,152 +95,313 @@ def same(a, b):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
 
+def assert_same_run(found, expected):
+    """Two runs, as run returns them, ended with the same bits and the same log."""
+    for part in ("model", "optimizer", "scaler", "step", "epoch", "step_in_epoch", "best"):
+        assert same(found[0][part], expected[0][part]), part
+    assert found[1] == expected[1]
 
 def assert_close_weights(a, b, atol=1e-4):
-    """Two runs that differ in the order of their sums only. A bias of keys has no gradient but
-    rounding, which AdamW scales up.
-    """
-    for name, value in a["model"].items():
-        other = b["model"][name]
+    """Equal but for rounding. The bias of keys has no gradient but rounding, which Adam blows up"""
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        other = b[name]
         if name.endswith("in_proj_bias"):
-            (query, _, v), (query2, _, v2) = value.chunk(3), other.chunk(3)
-            value, other = torch.cat([query, v]), torch.cat([query2, v2])
+            value, other = value.clone(), other.clone()
+            D = len(value) // 3
+            value[D:2 * D] = other[D:2 * D]
         assert torch.allclose(value, other, atol=atol), name
 
+class FrozenBNFormer(STDFormer):
+    """BatchNorm that does not see the batch, so that the parts of a batch can be added up."""
 
-def untimed(rows):
-    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
+    def train(self, mode=True):
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+        return self
 
+# ----- Recipes and flags ----------------------------------------------------
 
-def on_two_ranks(clips, out, *flags, variant=None):
-    program = ["scripts/variants.py", variant, "train"] if variant else ["train.py"]
-    run_two_ranks(*program, *SMALL, "--data_root", clips, "--out_dir", out, *flags)
-    return load_checkpoint(out / "last.pt"), read_log(out)
+RECIPES = """
+                    paper   uniformerv2  toy
+model               b16     b16          tiny
+clip                openai  openai       none
+epochs              60      22           4
+warmup_epochs       5       5            0.4
+batch_size          16      128          16
+lr                  1e-4    4e-5         1e-3
+grad_clip           20      20           1
+crop_scale          0.08    0.08         0.5
+randaugment         21      21           0
+randaugment_first   False   True         False
+repeat_aug          2       2            1
+random_erasing      0.25    0            0
+flip                True    False        True
+mixup               0.8     0            0
+cutmix              1.0     0            0
+label_smoothing     0.1     0            0.1
+drop_path           0.2     0.2          None
+ctm_drop_path       0.4     0.4          None
+ctm_dropout         0.5     0.5          None
+head_dropout        0.5     0.5          None
+weight_decay        0.05    0.05         0.05
+"""
 
+def test_recipes():
+    recipes, *lines = RECIPES.strip().splitlines()
+    for column, recipe in enumerate(recipes.split()):
+        args = train.get_args(["--dataset", "ssv1", "--recipe", recipe])
+        for line in lines:
+            name, *values = line.split()
+            found = getattr(args, name)
+            expected = values[column]
+            assert str(found) == expected or float(found) == float(expected), (recipe, name)
 
-# ----- pure helpers -----
+@pytest.mark.parametrize("flags, expected", [
+    ("", dict(dataset="toy", recipe="toy", data_root="datasets/toy", out_dir="out/toy")),
+    ("--dataset ssv1", dict(recipe="paper", flip=True, epochs=60)),
+    ("--dataset ssv2", dict(recipe="paper", flip=True, epochs=50, data_root="datasets/ssv2")),
+    ("--dataset ssv2 --epochs 60", dict(epochs=60)),
+    ("--dataset ssv2 --recipe uniformerv2", dict(epochs=22)),
+    ("--dataset folder", dict(recipe="paper", flip=False)),     # we do not know these classes
+    ("--dataset folder --flip --recipe toy", dict(recipe="toy", flip=True)),
+    ("--dataset ssv1 --lr 3e-5 --clip none --drop_path 0 --no-flip --repeat_aug 1",
+     dict(lr=3e-5, clip="none", drop_path=0, flip=False, repeat_aug=1, batch_size=16)),
+    ("--dataset ssv1 --init_from a.pt", dict(clip="none", recipe="paper")),
+])
+def test_what_follows_from_flags_and_explicit_flags_win(flags, expected):
+    args = vars(train.get_args(flags.split()))
+    assert {name: args[name] for name in expected} == expected
 
+@pytest.mark.parametrize("flags", [
+    "--learning_rate 1", "--batch_size 0", "--eval_every 0", "--log_every 0", "--repeat_aug 0",
+    "--randaugment 31", "--init_from a.pt --clip openai", "--freeze_clip",      # of the toy
+])
+def test_flags_that_make_no_sense_are_refused_by_name(flags, capsys):
+    with pytest.raises(SystemExit) as e:
+        train.get_args(flags.split())
+    assert e.value.code == 2 and flags.split()[0] in capsys.readouterr().err.splitlines()[-1]
+
+def test_flags_describe_the_model():
+    """What no flag says is the recipe's model, or that of the run to start from."""
+    args = train.get_args("--depth 6 --ptm_layers 1 2 --stdm_layers --alpha 0.5 --no-learn_fusion "
+                          "--smem_fusion add --head_dropout 0.3 --smem_grid 4".split())
+    config = train.model_config(args, 7)
+    assert config == model.ModelConfig(num_classes=7, dim=64, depth=6, heads=4, patch_size=8,
+                                       image_size=32, ptm_layers=(1, 2), stdm_layers=(), alpha=0.5,
+                                       learn_fusion=False, smem_fusion="add", head_dropout=0.3)
+    base = dict(dim=24, heads=3, depth=2, smem_grid=5)
+    config = train.model_config(train.get_args(["--depth", "3"]), 7, base)
+    assert (config.dim, config.depth, config.smem_grid) == (24, 3, 5)
+
+def test_data_flags_reach_both_splits(clips, tmp_path):
+    (tmp_path / "skip.txt").write_text("3\n20\n")
+    args = train.get_args(flags_for(
+        clips, tmp_path, "--control", "single", "--seed", "4", "--crop_scale", "0.3", "--no-flip",
+        "--randaugment", "9", "--randaugment_first", "--skip_list", str(tmp_path / "skip.txt")))
+    training, validation = train.make_datasets(args, 24, 8)
+    expected = data.TrainingDataset("ssv1", clips, "train", 8, 24, 0.3, 9, True, False, "single", 4)
+    for i in range(2):                                  # the third is left out
+        video, label, _ = training[1, i, 0]
+        assert torch.equal(video, expected[1, i, 0][0]) and label == expected[1, i, 0][1]
+    assert training.ids.tolist() == [i for i in expected.ids.tolist() if i != "3"]
+    assert (len(training), len(validation), validation.skipped) == (17, 5, 1)
+    assert (validation[0][0] == validation[0][0][:, :1]).all()
+    args.flip = True
+    training, _ = train.make_datasets(args, 24, 8)
+    assert {training[epoch, 0, 0][1] for epoch in range(12)} == {0, 1}
 
 def test_get_lr_at_its_corners():
     lr = [train.get_lr(step, total=100, warmup=10, peak=1.0, floor=0.1) for step in range(101)]
-    assert (
-        lr[0] == pytest.approx(0.1)
-        and lr[4] == pytest.approx(0.5)
-        and lr[9] == 1.0
-        and lr[10] == 1.0
-    )
-    assert lr[55] == pytest.approx(0.55)  # half way down the cosine
-    assert lr[100] == pytest.approx(0.1) and lr[99] > 0.1
-    assert all(a > b for a, b in zip(lr[10:], lr[11:]))
-    assert train.get_lr(0, total=5, warmup=0, peak=2.0) == 2.0  # no warm-up
-    assert train.get_lr(4, total=5, warmup=5, peak=2.0) == 2.0 and math.isfinite(
-        train.get_lr(5, total=5, warmup=5, peak=2.0)
-    )
-
+    assert [lr[0], lr[4], lr[9], lr[10]] == pytest.approx([0.1, 0.5, 1, 1])
+    assert [lr[55], lr[100]] == pytest.approx([0.55, 0.1])      # half way down the cosine, its end
+    assert train.get_lr(0, total=5, warmup=0, peak=2.0) == 2
+    assert train.get_lr(5, total=5, warmup=5, peak=2.0) == 2
 
 def test_param_groups_hold_each_trainable_parameter_once():
     net = build_model("tiny", dim=32, depth=3, heads=2, image_size=16, num_classes=3)
     net.blocks[0].ln_1.weight.requires_grad = False
     groups = train.param_groups(net, weight_decay=0.05, clip_lr_scale=0.1)
-    listed = [id(p) for g in groups for p in g["params"]]
-    assert len(listed) == len(set(listed)) and set(listed) == {
-        id(p) for p in net.parameters() if p.requires_grad
-    }
-    for g in groups:
-        assert all(
-            (p.ndim > 1) == (g["weight_decay"] == 0.05) and p.ndim > 0 or g["weight_decay"] == 0
-            for p in g["params"]
-        )
-    scale = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
-    names = dict(net.named_parameters())
-    for name, expected in {
-        "conv1.weight": 0.1,
-        "positional_embedding": 0.1,
-        "blocks.1.attn.in_proj_weight": 0.1,
-        "ln_post.bias": 0.1,
-        "blocks.2.alpha": 1.0,
-        "ctm.0.out_proj.weight": 1.0,
-        "head.weight": 1.0,
-    }.items():
-        assert scale[id(names[name])] == expected, name
+    found = {}
+    for group in groups:
+        for p in group["params"]:
+            assert id(p) not in found
+            found[id(p)] = (group["weight_decay"], group["lr_scale"])
+    parameters = dict(net.named_parameters())
+    assert set(found) == {id(p) for p in parameters.values() if p.requires_grad}
+    for name, expected in {"conv1.weight": (0.05, 0.1), "blocks.1.attn.in_proj_weight": (0.05, 0.1),
+                           "ln_post.bias": (0, 0.1), "blocks.2.alpha": (0, 1),
+                           "blocks.2.dpe.reduce.weight": (0.05, 1), "head.bias": (0, 1),
+                           "ctm.0.out_proj.weight": (0.05, 1)}.items():
+        assert found[id(parameters[name])] == expected, name
 
+def test_random_erasing_hits_one_rectangle_in_all_frames():
+    video = torch.full((6, 3, 4, 24, 24), 7.0)
+    assert torch.equal(train.erase(video, 0.0), video)
+    torch.manual_seed(0)
+    erased = train.erase(video, 1.0)
+    hit = erased != 7
+    assert (hit == hit[:, :1, :1]).all()                # in all channels and frames
+    masks = hit[:, 0, 0]
+    for mask in masks:
+        rows, columns = mask.any(1), mask.any(0)
+        assert torch.equal(mask, rows[:, None] & columns) and 0 < mask.sum() < 24 * 24 / 2
+    assert len(torch.unique(masks, dim=0)) > 3          # each clip has its own
+    noise = erased[hit]
+    assert abs(noise.mean()) < 0.2 and 0.8 < noise.std() < 1.2
+    share = sum((train.erase(video, 0.25) != 7).any().item() for video in [video[:1]] * 200) / 200
+    assert 0.12 < share < 0.38
 
-def test_sampler_deals_each_clip_at_most_once_per_epoch():
-    steps = list(train.step_batches(18, 4, 0, 12, seed=0, rank=0, world=1))
-    assert len(steps) == 12
-    orders = []
-    for epoch in range(3):
-        items = sum(steps[4 * epoch : 4 * epoch + 4], [])
-        assert {e for e, _ in items} == {epoch}
-        orders.append([i for _, i in items])
-        assert len(set(orders[-1])) == 16 and set(orders[-1]) <= set(range(18))
-    assert orders[0] != orders[1] != orders[2]
-    assert steps != list(train.step_batches(18, 4, 0, 12, seed=1, rank=0, world=1))
+# ----- A run ----------------------------------------------------------------
 
+@pytest.fixture(scope="module")
+def finished(clips, tmp_path_factory):
+    """A run that nothing happened to, with all that is random: its checkpoint and its log."""
+    return run(clips, tmp_path_factory.mktemp("train") / "finished", *EVERYTHING)
 
-def test_sampler_on_two_ranks_and_from_the_middle():
-    whole = list(train.step_batches(18, 4, 0, 12, seed=0, rank=0, world=1))
-    ranks = [list(train.step_batches(18, 4, 0, 12, seed=0, rank=r, world=2)) for r in range(2)]
-    for batch, a, b in zip(whole, *ranks, strict=True):
-        assert len(a) == len(b) == 2 and sorted(a + b) == sorted(batch)
-    assert list(train.step_batches(18, 4, 5, 12, seed=0, rank=0, world=1)) == whole[5:]
+def test_a_run_writes_what_is_documented(clips, tmp_path, capsys):
+    checkpoint, rows = run(clips, tmp_path / "out", "--lr", "1e-3")
+    printed = capsys.readouterr().out
+    assert f"flips swap these labels: '{CLASSES[0]}' and '{CLASSES[1]}'\n" in printed
+    assert sorted(os.listdir("out")) == ["best.pt", "last.pt", "log.jsonl"]
+    assert (checkpoint["epoch"], checkpoint["step"], checkpoint["step_in_epoch"]) == (2, 8, 0)
+    assert checkpoint["classes"] == sorted(CLASSES) and checkpoint["clips"] == 18
+    assert checkpoint["model_config"]["num_classes"] == 3 and checkpoint["args"]["lr"] == 1e-3
+    assert tuple(checkpoint["mean"]) == data.CLIP_MEAN and tuple(checkpoint["std"]) == data.CLIP_STD
+    steps = [row for row in rows if row["kind"] == "train"]
+    assert [row["step"] for row in steps] == list(range(1, 9)) and steps[4]["epoch"] == 1.25
+    rates = [train.get_lr(step, 8, 2, 1e-3, 1e-6) for step in range(8)]
+    assert [row["lr"] for row in steps] == pytest.approx(rates)
+    tests = [row for row in rows if row["kind"] == "eval"]
+    assert [(row["step"], row["epoch"], row["clips"], row["top5"]) for row in tests] == [
+        (4, 1, 6, 100), (8, 2, 6, 100)]
+    best = load_checkpoint(tmp_path / "out" / "best.pt")
+    first_best = max(tests, key=lambda row: row["top1"])
+    assert (best["best"], best["step"]) == (first_best["top1"], first_best["step"])
+    assert checkpoint["best"] == tests[0]["top1"]       # last.pt is written before the validation
+    evaluate.main(["--ckpt", "out/best.pt", "--crops", "1", "--workers", "0", "--device", "cpu"])
+    assert f"top1 {best['best']:.2f} " in capsys.readouterr().out.splitlines()[-1]
 
+def test_best_pt_stays_when_accuracy_falls(clips, tmp_path, monkeypatch):
+    results = iter([50.0, 75.0, 60.0])
 
-def test_recipes_are_real_flags_and_explicit_flags_win(capsys):
-    for flags, recipe in (
-        ("--dataset ssv1", "paper"),
-        ("--dataset ssv2", "paper"),
-        ("", "toy"),
-        ("--dataset ssv2 --recipe toy", "toy"),
-        ("--dataset folder", "toy"),
-        ("--dataset folder --clip openai", "paper"),
-        ("--dataset folder --init_from a.pt", "paper"),
-    ):
-        flags = flags.split()
-        args = train.get_args(flags)
-        given = {word[2:] for word in flags if word.startswith("--")}
-        assert (
-            all(getattr(args, k) == v for k, v in train.RECIPES[recipe].items() if k not in given)
-            and args.recipe == recipe
-        )
-        assert (
-            args.data_root == f"datasets/{args.dataset}" and args.out_dir == f"out/{args.dataset}"
-        )
-    args = train.get_args(
-        [
-            "--dataset",
-            "ssv2",
-            "--lr",
-            "3e-5",
-            "--clip",
-            "none",
-            "--epochs",
-            "7",
-            "--data_root",
-            "elsewhere",
-            "--drop_path",
-            "0",
-        ]
-    )
-    assert (args.lr, args.clip, args.epochs, args.data_root, args.drop_path) == (
-        3e-5,
-        "none",
-        7,
-        "elsewhere",
-        0.0,
-    )
-    assert args.batch_size == 16 and train.get_args([]).dataset == "toy"
-    with pytest.raises(SystemExit) as e:
-        train.get_args(["--learning_rate", "1"])
-    assert e.value.code == 2 and "--learning_rate" in capsys.readouterr().err
-    flags = vars(train.get_args([]))
-    assert all(set(recipe) <= set(flags) for recipe in train.RECIPES.values()) and set(
-        guards.FREE
-    ) <= set(flags)
+    def evaluated(*args):
+        return dict(top1=next(results), top5=90.0, loss=1.0, clips=6, probabilities=None)
 
+    monkeypatch.setattr(train, "evaluate", evaluated)
+    last, rows = run(clips, tmp_path, "--epochs", "3")
+    best = load_checkpoint(tmp_path / "best.pt")
+    assert (best["step"], best["best"], last["best"]) == (8, 75, 75)
+    assert [row["top1"] for row in rows if row["kind"] == "eval"] == [50, 75, 60]
+
+def test_steps_are_those_of_a_plain_loop(clips, tmp_path):
+    """Rates, groups, clipping, smoothing and decay, away from their defaults."""
+    flags = ["--max_steps", "3", "--clip_lr_scale", "0.1", "--grad_clip", "0.05", "--seed", "3",
+             "--label_smoothing", "0.3", "--weight_decay", "0.5", "--lr", "1e-3"]
+    trained, rows = run(clips, tmp_path / "out", *flags)
+    args = train.get_args(flags_for(clips, tmp_path, *flags))
+    config = train.model_config(args, num_classes=3)
+    dataset, _ = train.make_datasets(args, 16, 4)
+    torch.manual_seed(3)
+    net = STDFormer(config).train()
+    groups = []
+    for name, p in net.named_parameters():
+        groups.append(dict(params=[p], weight_decay=0.5 if p.ndim > 1 else 0.0,
+                           scale=0.1 if model.is_clip_parameter(name) else 1.0))
+    optimizer = torch.optim.AdamW(groups)
+    expected = []
+    for step, batch in enumerate(data.step_batches(18, 4, 0, 3, seed=3)):
+        video, label, _ = torch.utils.data.default_collate([dataset[item] for item in batch])
+        loss = F.cross_entropy(net(data.normalize(video)), label, label_smoothing=0.3)
+        loss.backward()
+        expected.append(loss.item())
+        assert torch.nn.utils.clip_grad_norm_(net.parameters(), 0.05) > 0.1    # the limit matters
+        for group in optimizer.param_groups:
+            group["lr"] = group["scale"] * train.get_lr(step, 8, 2, 1e-3, 1e-6)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses(rows) == pytest.approx(expected, abs=1e-5)
+    assert_close_weights(trained["model"], net.state_dict(), atol=1e-6)
+
+def test_everything_random_changes_the_first_loss(clips, tmp_path):
+    found = set()
+    for i, flags in enumerate(("", "--mixup 0.8", "--cutmix 1", "--random_erasing 1",
+                               "--head_dropout 0.5", "--repeat_aug 2", "--seed 1")):
+        _, rows = run(clips, tmp_path / str(i), "--max_steps", "1", *flags.split())
+        found.add(losses(rows)[0])
+    assert len(found) == 7
+
+def test_a_run_learns_its_only_batch(tmp_path):
+    clips = write_clips(tmp_path / "clips", train=6, validation=2)
+    flags = ("--batch_size 6 --epochs 30 --warmup_epochs 3 --lr 3e-3 --no-flip --crop_scale 1 "
+             "--label_smoothing 0 --eval_every 30")
+    _, rows = run(clips, tmp_path / "out", *flags.split())
+    assert losses(rows)[0] > 0.9 and losses(rows)[-1] < 0.2, losses(rows)
+
+def test_micro_batches_add_up_to_the_batch(clips, tmp_path):
+    flags = ["--max_steps", "3", "--lr", "1e-4", "--repeat_aug", "2"]
+    full, rows = run(clips, tmp_path / "full", *flags, Model=FrozenBNFormer)
+    micro, micro_rows = run(clips, tmp_path / "micro", *flags, "--micro_batch", "2",
+                            Model=FrozenBNFormer)
+    assert losses(rows) == pytest.approx(losses(micro_rows), abs=1e-5)
+    assert_close_weights(full["model"], micro["model"])
+
+def test_the_flag_for_checkpointing_arrives(clips, tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "recompute", lambda *inputs, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(clips, tmp_path, "--checkpointing")
+
+# ----- Stop and resume ------------------------------------------------------
+
+def test_resume_in_mid_epoch_is_exact_to_the_last_bit(clips, finished, tmp_path):
+    half, _ = run(clips, tmp_path, *EVERYTHING, "--max_steps", "3")
+    assert (half["step"], half["epoch"], half["step_in_epoch"]) == (3, 0, 3)
+    with open(tmp_path / "log.jsonl", "a") as f:        # as if it had been killed two steps later
+        f.write('{"kind": "train", "step": 4, "loss": 9}\n{"kind": "train", "st')
+    del half["args"]["sync_bn"]                         # a flag that was not there yet
+    torch.save(half, tmp_path / "last.pt")
+    assert_same_run(run(clips, tmp_path, *EVERYTHING, "--resume", "--workers", "2"), finished)
+
+def test_resume_after_sigkill_is_exact_to_the_last_bit(clips, finished, tmp_path):
+    flags = [*EVERYTHING, "--save_minutes", "0"]
+    process = PROCESSES.Process(target=train_only, args=(clips, tmp_path, *flags, "--workers", "1"))
+    process.start()
+    until = time.time() + 120
+    while time.time() < until and not (tmp_path / "last.pt").is_file():
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    assert 1 <= load_checkpoint(tmp_path / "last.pt")["step"] < 8
+    assert_same_run(run(clips, tmp_path, *flags, "--resume"), finished)
+
+def test_a_run_that_died_in_a_validation_begins_with_it(clips, finished, tmp_path, monkeypatch):
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(clips, tmp_path, *EVERYTHING)
+    assert load_checkpoint(tmp_path / "last.pt")["step"] == 4
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")       # as torchrun starts it again
+    assert_same_run(run(clips, tmp_path, *EVERYTHING), finished)
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_anew(clips, tmp_path, monkeypatch):
+    (tmp_path / "log.jsonl").write_text('{"kind": "train", "step": 1}\n{"kind": "tr')
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    checkpoint, rows = run(clips, tmp_path, "--max_steps", "1")
+    assert checkpoint["step"] == 1 and [row["step"] for row in rows] == [1]
+
+def test_resume_without_the_log(clips, tmp_path):
+    run(clips, tmp_path, "--max_steps", "4")            # best.pt will be written again
+    (tmp_path / "log.jsonl").unlink()
+    _, rows = run(clips, tmp_path, "--max_steps", "5", "--resume")
+    assert [row["step"] for row in rows] == [4, 5]
 
 def test_a_checkpoint_that_is_half_written_leaves_the_old_one(clips, tmp_path, monkeypatch):
-    run(clips, tmp_path / "out", "--max_steps", "2")
+    run(clips, tmp_path, "--max_steps", "2")
 
     def half(checkpoint, file):
         Path(file).write_bytes(b"half of it")
@@ -285,769 +409,294 @@ def test_a_checkpoint_that_is_half_written_leaves_the_old_one(clips, tmp_path, m
 
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(OSError, match="no space"):
-        train_here(clips, tmp_path / "out", "--max_steps", "3", "--resume")
-    monkeypatch.undo()
-    assert load_checkpoint(tmp_path / "out" / "last.pt")["step"] == 2
+        run(clips, tmp_path, "--max_steps", "3", "--resume")
+    assert load_checkpoint(tmp_path / "last.pt")["step"] == 2
 
+FORKSERVER = """
+import multiprocessing, sys
+multiprocessing.set_start_method("forkserver")          # Python 3.14's default
+sys.path.insert(0, sys.argv.pop(1))
+import evaluate, train
+evaluate.run_command(train.main)
+"""
 
-# ----- a run -----
-
-
-@pytest.fixture(scope="module")
-def finished(clips, tmp_path_factory):
-    """One short run with everything random switched on: (folder, its last checkpoint, its log)."""
-    out = tmp_path_factory.mktemp("train") / "finished"
-    return (out, *run(clips, out, *EVERYTHING))
-
-
-# The recipe's dropouts come with --dataset ssv1; the rest that is random:
-EVERYTHING = "--mixup 0.8 --cutmix 1.0 --randaugment 9 --seed 5".split()
-
-
-def test_a_run_writes_what_is_documented(finished, clips):
-    out, checkpoint, rows = finished
-    raw = torch.load(out / "last.pt", map_location="cpu", weights_only=True)
-    assert set(raw) == DOCUMENTED
-    assert (raw["epoch"], raw["step"], raw["step_in_epoch"]) == (2, 8, 0)
-    assert (
-        raw["classes"] == sorted(CLASSES)
-        and raw["model_config"]["num_classes"] == 3
-        and raw["args"]["mixup"] == 0.8
-    )
-    assert tuple(raw["mean"]) == data.CLIP_MEAN and tuple(raw["std"]) == data.CLIP_STD
-    assert {p.name for p in out.iterdir()} - {"curves.png"} == {
-        "last.pt",
-        "best.pt",
-        "log.jsonl",
-        "config.json",
-    }
-    assert json.loads((out / "config.json").read_text())["model_config"]["dim"] == 32
-
-    steps = [r for r in rows if r["kind"] == "train"]
-    assert [r["step"] for r in steps] == list(range(1, 9))
-    assert all(
-        set(r) == {"kind", "step", "epoch", "loss", "lr", "grad_norm", "skipped", *TIMING}
-        for r in steps
-    )
-    assert [r["lr"] for r in steps] == pytest.approx(
-        [train.get_lr(s, 8, 2, 1e-3, 1e-6) for s in range(8)]
-    )
-    assert steps[4]["epoch"] == 1.25 and all(0 <= r["data_wait"] <= 1 for r in steps)
-    evals = [r for r in rows if r["kind"] == "eval"]
-    assert all(
-        set(r) == {"kind", "step", "epoch", "top1", "top5", "loss", "clips"} and r["loss"] > 0
-        for r in evals
-    )
-    assert [(r["step"], r["epoch"], r["clips"], r["top5"]) for r in evals] == [
-        (4, 1, 6, 100.0),
-        (8, 2, 6, 100.0),
-    ]
-    best = load_checkpoint(out / "best.pt")
-    assert best["best"] == max(r["top1"] for r in evals)
-
-
-def test_curves_are_drawn(finished):
-    pytest.importorskip("matplotlib")
-    with Image.open(finished[0] / "curves.png") as picture:
-        assert picture.width > 500
-
-
-@pytest.mark.parametrize("stop", [3, 6])
-def test_resume_is_exact_to_the_last_bit(finished, clips, tmp_path, stop):
-    # Stopped in the middle of an epoch, gone on with another number of workers: the run that was
-    # never stopped.
-    _, expected, expected_rows = finished
-    half, _ = run(clips, tmp_path / "out", *EVERYTHING, "--max_steps", str(stop))
-    assert (half["step"], half["epoch"], half["step_in_epoch"]) == (stop, stop // 4, stop % 4)
-    # as if it had been killed some steps after it saved
-    with open(tmp_path / "out" / "log.jsonl", "a") as f:
-        f.write(json.dumps(dict(kind="train", step=stop + 1, loss=123.0)) + "\n")
-    resumed, rows = run(clips, tmp_path / "out", *EVERYTHING, "--resume", "--workers", "2")
-    assert same(resumed["model"], expected["model"]) and not same(half["model"], expected["model"])
-    assert same(resumed["optimizer"], expected["optimizer"])
-    assert untimed(rows) == untimed(expected_rows)
-    assert {k: resumed[k] for k in ("step", "epoch", "step_in_epoch", "best")} == {
-        k: expected[k] for k in ("step", "epoch", "step_in_epoch", "best")
-    }
-
-
-def test_a_log_cut_in_half_keeps_its_whole_rows(clips, tmp_path):
-    run(clips, tmp_path / "out", "--max_steps", "3")
-    log = tmp_path / "out" / "log.jsonl"
-    os.truncate(log, log.stat().st_size - 10)
-    _, rows = run(clips, tmp_path / "out", "--max_steps", "5", "--resume")
-    assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2, 4, 5]
-    log.unlink()
-    _, rows = run(clips, tmp_path / "out", "--max_steps", "6", "--resume")
-    assert [row["step"] for row in rows if row["kind"] == "train"] == [6]
-
-
-def test_a_flag_that_is_newer_than_the_checkpoint_changes_nothing(finished, clips, tmp_path):
-    half, _ = run(clips, tmp_path / "out", *EVERYTHING, "--max_steps", "5")
-    del half["args"]["sync_bn"], half["model_config"]["learn_fusion"]
-    torch.save(half, tmp_path / "out" / "last.pt")
-    resumed, _ = run(clips, tmp_path / "out", *EVERYTHING, "--resume")
-    assert same(resumed["model"], finished[1]["model"])
-
-
-def test_a_restart_by_torchrun_resumes_by_itself(finished, clips, tmp_path, monkeypatch):
-    run(clips, tmp_path / "out", *EVERYTHING, "--max_steps", "5")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    resumed, _ = run(clips, tmp_path / "out", *EVERYTHING)
-    assert same(resumed["model"], finished[1]["model"])
-
-
-@pytest.mark.parametrize("attempt", ("0", "1"))
-def test_a_run_that_ended_before_its_first_checkpoint_starts_anew(
-    clips, tmp_path, monkeypatch, attempt
-):
-    out = tmp_path / "out"
-    # the first attempt came as far as this, then it was killed
-    out.mkdir()
-    (out / "config.json").write_text("{}")
-    (out / "log.jsonl").write_text('{"kind": "train", "step": 1}\n{"kind": "tr')
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
-    assert run(clips, out, "--max_steps", "1")[0]["step"] == 1
-    assert [row["step"] for row in read_log(out)] == [1]
-
-
-def test_a_run_stopped_before_a_validation_begins_with_it(finished, clips, tmp_path, monkeypatch):
-    def killed(*_, **__):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "evaluate", killed)  # at the end of the first epoch
-        with pytest.raises(KeyboardInterrupt):
-            run(clips, tmp_path / "out", *EVERYTHING)
-    assert load_checkpoint(tmp_path / "out" / "last.pt")["step"] == 4  # already on disk
-    resumed, rows = run(clips, tmp_path / "out", *EVERYTHING, "--resume")
-    assert same(resumed["model"], finished[1]["model"]) and untimed(rows) == untimed(finished[2])
-    assert same(
-        load_checkpoint(tmp_path / "out" / "best.pt")["model"],
-        load_checkpoint(finished[0] / "best.pt")["model"],
-    )
-
-
-def test_a_finished_run_can_be_resumed_and_stays_as_it_is(clips, tmp_path):
-    first, rows = run(clips, tmp_path / "out")
-    again, rows_again = run(clips, tmp_path / "out", "--resume")
-    assert (
-        same(first["model"], again["model"])
-        and first["best"] == again["best"]
-        and untimed(rows) == untimed(rows_again)
-    )
-
-
-def test_overfits_one_batch(tmp_path):
-    clips = write_clips(tmp_path / "clips", train=6, validation=2)
-    _, rows = run(
-        clips,
-        tmp_path / "out",
-        *PLAIN,
-        "--batch_size",
-        "6",
-        "--epochs",
-        "60",
-        "--warmup_epochs",
-        "5",
-        "--lr",
-        "3e-3",
-        "--no-flip",
-        "--crop_scale",
-        "1",
-        "--label_smoothing",
-        "0",
-        "--eval_every",
-        "60",
-        "--save_minutes",
-        "60",
-    )
-    assert losses(rows)[0] > 0.9 and losses(rows)[-1] < 0.1, losses(rows)[::10]
-
-
-def test_micro_batches_are_the_full_batch(clips, tmp_path, bn_frozen):
-    # Adam divides small gradients by themselves, rounding included
-    flags = [*PLAIN, "--max_steps", "3", "--lr", "1e-4"]
-    full, full_rows = run(clips, tmp_path / "full", *flags)
-    micro, micro_rows = run(clips, tmp_path / "micro", *flags, "--micro_batch", "1")
-    assert losses(full_rows) == pytest.approx(losses(micro_rows), abs=1e-5)
-    assert_close_weights(full, micro)
-
-
-def test_bn_frozen_leaves_the_running_statistics(clips, tmp_path, monkeypatch):
-    moving, _ = run(clips, tmp_path / "moving", "--max_steps", "2")
-    monkeypatch.setattr(train, "STDFormer", FrozenBNFormer)
-    frozen, _ = run(clips, tmp_path / "frozen", "--max_steps", "2")
-    means = [k for k in frozen["model"] if k.endswith("running_mean")]
-    assert means and all(
-        (frozen["model"][k] == 0).all() and (moving["model"][k] != 0).any() for k in means
-    )
-
-
-def test_activation_checkpointing_changes_nothing(clips, tmp_path, monkeypatch):
-    flags, recomputed = ["--max_steps", "2"], []  # with the recipe's dropouts
-    plain, _ = run(clips, tmp_path / "a", *flags)
-    recompute = model.recompute
-    monkeypatch.setattr(
-        model,
-        "recompute",
-        lambda *inputs, **options: recomputed.append(1) or recompute(*inputs, **options),
-    )
-    checkpointed, _ = run(clips, tmp_path / "b", *flags, "--checkpointing")
-    # two steps of two blocks and two CTMs
-    assert len(recomputed) == 2 * 4 and same(plain["model"], checkpointed["model"])
-
-
-def made_datasets(clips, *flags):
-    """(config, training split, validation split), as train.py makes them."""
-    args = train.get_args([*SMALL, "--data_root", str(clips), *flags])
-    config = model.model_config(args, num_classes=3)
-    return config, *train.make_datasets(args, config)
-
-
-def test_steps_are_those_of_a_plain_loop(clips, tmp_path, bn_frozen):
-    """Rates, groups, clipping, smoothing and decay away from their defaults, against the same two
-    steps written down plainly.
-    """
-    flags = [
-        *PLAIN,
-        "--max_steps",
-        "2",
-        "--clip_lr_scale",
-        "0.1",
-        "--grad_clip",
-        "0.05",
-        "--label_smoothing",
-        "0.3",
-        "--weight_decay",
-        "0.5",
-        "--seed",
-        "3",
-    ]
-    trained, _ = run(clips, tmp_path / "out", *flags)
-    config, dataset, _ = made_datasets(clips, *flags)
-    torch.manual_seed(3)
-    net = model.STDFormer(config).train()
-    for m in net.modules():
-        if isinstance(m, torch.nn.BatchNorm2d):
-            m.eval()
-    optimizer = torch.optim.AdamW(
-        [
-            dict(
-                params=[p],
-                weight_decay=0.5 * (p.ndim > 1),
-                scale=0.1 if model.is_clip_parameter(name) else 1.0,
-            )
-            for name, p in net.named_parameters()
-        ]
-    )
-    for step, batch in enumerate(train.step_batches(18, 4, 0, 2, seed=3, rank=0, world=1)):
-        video, label, _ = torch.utils.data.default_collate([dataset[item] for item in batch])
-        torch.nn.functional.cross_entropy(
-            net(data.normalize(video)), label, label_smoothing=0.3
-        ).backward()
-        # the limit matters
-        assert torch.nn.utils.clip_grad_norm_(net.parameters(), 0.05) > 0.1
-        for group in optimizer.param_groups:
-            group["lr"] = group["scale"] * train.get_lr(step, 8, 2, 1e-3, 1e-6)
-        optimizer.step()
-        optimizer.zero_grad()
-    assert_close_weights(trained, dict(model=net.state_dict()), atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "flags",
-    (
-        ["--control", "single"],
-        ["--control", "shuffle"],
-        ["--crop_scale", "0.1"],
-        ["--randaugment", "9"],
-        ["--seed", "1"],
-    ),
-    ids=" ".join,
-)
-def test_data_flags_reach_the_samples(clips, flags):
-    def samples(*flags):
-        _, training, validation = made_datasets(clips, *flags)
-        return [training[0, i][0] for i in range(6)], [validation[i][0] for i in range(6)]
-
-    (plain, plain_views), (other, other_views) = samples(), samples(*flags)
-    assert not all(map(torch.equal, plain, other))
-    # validation knows the control and no augmentation
-    assert all(map(torch.equal, plain_views, other_views)) == (flags[0] != "--control")
-    if "single" in flags:
-        assert all((video == video[:, :1]).all() for video in other)
-
-
-def test_no_flip_keeps_the_labels(clips):
-    def labels(*flags):
-        dataset = made_datasets(clips, *flags)[1]
-        return {dataset[epoch, 0][1] for epoch in range(12)}
-
-    assert len(labels()) == 2 and len(labels("--no-flip")) == 1
-
-
-# ----- stopping -----
-
-
-def at_call(monkeypatch, number, action):
-    """Let the number-th training step (from 0) see action(video) instead of its video."""
-    plain, calls = data.normalize, []
-
-    def normalize(video, *args):
-        calls.append(1)
-        return action(plain(video, *args)) if len(calls) == number + 1 else plain(video, *args)
-
-    monkeypatch.setattr(data, "normalize", normalize)
-
-
-def test_sigterm_finishes_the_step_saves_and_can_be_resumed(
-    finished, clips, tmp_path, monkeypatch, capsys
-):
-    with monkeypatch.context() as patch:
-        at_call(patch, 2, lambda video: os.kill(os.getpid(), signal.SIGTERM) or video)
-        stopped, _ = run(clips, tmp_path / "out", *EVERYTHING)
-    assert stopped["step"] == 3 and "stopped after step 3 of 8" in capsys.readouterr().out
-    resumed, rows = run(clips, tmp_path / "out", *EVERYTHING, "--resume")
-    assert same(resumed["model"], finished[1]["model"]) and untimed(rows) == untimed(finished[2])
-
-
-def test_sigterm_to_the_whole_process_group_saves_too(clips, tmp_path):
-    # torchrun and job schedulers signal the data workers along with the process that trains.
-    out = tmp_path / "out"
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            str(ROOT / "train.py"),
-            *SMALL,
-            "--data_root",
-            str(clips),
-            "--out_dir",
-            str(out),
-            "--epochs",
-            "5000",
-            "--eval_every",
-            "5000",
-            "--workers",
-            "2",
-        ],
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        # one thread
-        start_new_session=True,
-        env=dict(os.environ, LOCAL_WORLD_SIZE=str(os.cpu_count())),
-    )
+@pytest.mark.skipif(sys.platform == "win32", reason="needs process groups")
+def test_sigterm_to_the_process_group_saves_whatever_starts_the_workers(clips, tmp_path):
+    """torchrun and Slurm signal the data workers along with the process that trains."""
+    flags = flags_for(clips, tmp_path, "--epochs", "5000", "--eval_every", "5000", "--workers", "2")
+    process = subprocess.Popen([sys.executable, "-c", FORKSERVER, ROOT, *flags], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               start_new_session=True)
     try:
-        until = time.time() + 180
-        while (
-            time.time() < until
-            and process.poll() is None
-            and not ((out / "log.jsonl").is_file() and len(read_log(out)) > 5)
-        ):
-            time.sleep(0.1)
-        assert time.time() < until, "it does not train"
+        lines = [process.stdout.readline() for _ in range(9)]   # it prints line by line
         os.killpg(process.pid, signal.SIGTERM)
-        printed, _ = process.communicate(timeout=60)
+        printed, _ = process.communicate(timeout=100)
     finally:
         process.kill()
-    assert process.returncode == 0, printed[-3000:]
-    step = load_checkpoint(out / "last.pt")["step"]
-    assert f"stopped after step {step} of" in printed and read_log(out)[-1]["step"] == step
+    assert process.returncode == 0, "".join(lines) + printed
+    step = load_checkpoint(tmp_path / "last.pt")["step"]
+    assert f"stopped after step {step} of" in printed and read_log(tmp_path)[-1]["step"] == step
 
+def at_step(number, action):
+    """Let a training step, counted from 0, see action(video) instead of its video."""
+    plain = data.normalize
+    calls = []
 
-@pytest.mark.parametrize("log_every", ("1", "3", "20"))
-def test_a_loss_that_is_not_finite_stops_the_run_and_last_pt_stays_finite(
-    clips, tmp_path, monkeypatch, log_every
-):
-    at_call(monkeypatch, 5, lambda video: video * math.nan)
-    with pytest.raises(FloatingPointError) as e:
-        run(
-            clips,
-            tmp_path / "out",
-            "--eval_every",
-            "9",
-            "--log_every",
-            log_every,
-            "--save_minutes",
-            "0",
-        )
-    text, noticed = str(e.value), {"1": 6, "3": 6, "20": 8}[log_every]
-    assert "loss nan" in text and f"step {noticed}" in text and "\n" not in text
-    assert f"lr {train.get_lr(noticed - 1, 8, 2, 1e-3, 1e-6):.2e}" in text and "--lr" in text
-    last = load_checkpoint(tmp_path / "out" / "last.pt")
-    assert last["step"] == {"1": 5, "3": 4, "20": 4}[log_every]
-    assert all(v.isfinite().all() for v in last["model"].values() if v.is_floating_point())
+    def normalize(video, *statistics):
+        calls.append(1)
+        video = plain(video, *statistics)
+        return action(video) if len(calls) == number + 1 else video
 
+    data.normalize = normalize
+
+def signal_to_rank_1(clips, out, *flags):
+    """Returns the seed that is left after the last step."""
+    if os.environ["RANK"] == "1":
+        at_step(1, lambda video: os.kill(os.getpid(), signal.SIGTERM) or video)
+    train_only(clips, out, *flags)
+    return torch.initial_seed()
+
+def test_sigterm_to_one_of_two_ranks_stops_both_and_resume_is_exact(clips, tmp_path):
+    flags = [*EVERYTHING, "--epochs", "1"]
+    on_two_ranks(train_only, clips, tmp_path / "whole", *flags)
+    seeds = on_two_ranks(signal_to_rank_1, clips, tmp_path / "out", *flags)
+    assert load_checkpoint(tmp_path / "out" / "last.pt")["step"] == 2
+    assert isinstance(seeds[0], int) and seeds[0] != seeds[1]   # else their dropout would be alike
+    on_two_ranks(train_only, clips, tmp_path / "out", *flags, "--resume")
+    runs = [(load_checkpoint(tmp_path / name / "last.pt"), read_log(tmp_path / name))
+            for name in ("out", "whole")]
+    assert_same_run(*runs)
+
+# ----- Numbers that are not finite ------------------------------------------
+
+def nan_on_rank_1(clips, out, *flags):
+    if os.environ["RANK"] == "1":
+        at_step(5, lambda video: video * math.nan)
+    train_only(clips, out, *flags)
+
+def test_nan_on_one_rank_stops_both_and_last_pt_stays_finite(clips, tmp_path):
+    errors = on_two_ranks(nan_on_rank_1, clips, tmp_path, "--save_minutes", "0", "--log_every", "3")
+    for e in errors:
+        assert isinstance(e, FloatingPointError) and "step 6" in str(e) and "--lr" in str(e)
+    last = load_checkpoint(tmp_path / "last.pt")
+    assert last["step"] == 4 and all(v.isfinite().all() for v in last["model"].values())
 
 def test_a_gradient_that_is_not_finite_stops_the_run_too(clips, tmp_path, monkeypatch):
-    clip_grad_norm, calls = torch.nn.utils.clip_grad_norm_, []
+    clip_grad_norm = torch.nn.utils.clip_grad_norm_
+    calls = []
 
     def overflows_once(parameters, limit):
         calls.append(limit)
         norm = clip_grad_norm(parameters, limit)
-        # the loss of that step is finite
-        return norm * math.inf if len(calls) == 6 else norm
+        return norm * math.inf if len(calls) == 6 else norm     # the loss of this step is finite
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", overflows_once)
-    with pytest.raises(FloatingPointError, match="gradient norm inf, step 6"):
-        run(clips, tmp_path / "out", "--eval_every", "9", "--save_minutes", "0")
-    assert load_checkpoint(tmp_path / "out" / "last.pt")["step"] == 5
-
-
-# ----- refusals -----
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--dim", "40"], ["dim was 32, is 40"]),
-        (["--batch_size", "2"], ["batch_size was 4, is 2"]),
-        (["--weight_decay", "0.1"], ["weight_decay was 0.05, is 0.1"]),
-        (
-            ["--label_smoothing", "0.2", "--no-flip"],
-            ["label_smoothing was 0.1, is 0.2", "flip was True, is False"],
-        ),
-        # every difference
-        (["--seed", "6", "--stdm_layers"], ["seed was 5, is 6", "stdm_layers was None, is []"]),
-    ],
-)
-def test_resume_refuses_another_run(finished, clips, flags, words):
-    before = {p: p.read_bytes() for p in finished[0].iterdir()}
-    with pytest.raises(ValueError) as e:
-        run(clips, finished[0], *EVERYTHING, "--resume", *flags)
-    assert all(w in str(e.value) for w in words) and "\n" not in str(e.value)
-    assert {p: p.read_bytes() for p in finished[0].iterdir()} == before
-
-
-def test_resume_refuses_another_number_of_clips(finished, clips, tmp_path):
-    ids = data.read_annotations("ssv1", clips, "train")[0].tolist()
-    (tmp_path / "skip.txt").write_text("\n".join(ids[:6]))
-    with pytest.raises(ValueError, match="clips was 18, is 12"):
-        run(clips, finished[0], *EVERYTHING, "--resume", "--skip_list", str(tmp_path / "skip.txt"))
-
-
-def test_resume_refuses_other_classes(finished, tmp_path):
-    other = write_clips(tmp_path / "other", classes=[*CLASSES[:2], "Waving something"])
-    with pytest.raises(ValueError, match="classes was"):
-        run(other, finished[0], *EVERYTHING, "--resume")
-
-
-def test_folders_and_batches_that_do_not_fit_are_refused(finished, clips, tmp_path):
-    with pytest.raises(ValueError, match="holds a run: add --resume"):
-        run(clips, finished[0], *EVERYTHING)
-    with pytest.raises(FileNotFoundError, match="last.pt"):
-        run(clips, tmp_path / "new", "--resume")
-    with pytest.raises(ValueError, match="18 training and 6 .* --batch_size 19"):
-        run(clips, tmp_path / "a", "--batch_size", "19")
-    with pytest.raises(ValueError, match="--micro_batch 3"):
-        run(clips, tmp_path / "b", "--micro_batch", "3")
-    with pytest.raises(ValueError, match="dim is 32, expected a multiple of heads"):
-        run(clips, tmp_path / "c", "--heads", "3")
-
-
-def test_mixing_a_single_clip_is_said_to_do_nothing(clips, tmp_path, capsys):
-    train_here(clips, tmp_path / "one", "--dry_run", "--batch_size", "1", "--mixup", "0.8")
-    assert "MixUp and CutMix do nothing" in capsys.readouterr().out
-    train_here(clips, tmp_path / "two", "--dry_run", "--batch_size", "2", "--mixup", "0.8")
-    assert "do nothing" not in capsys.readouterr().out
-
-
-def test_dry_run_writes_nothing(clips, tmp_path, capsys):
-    before = sorted(clips.rglob("*"))
-    train_here(clips, tmp_path / "out", "--dry_run")
-    assert "clips/s" in capsys.readouterr().out
-    assert list(tmp_path.iterdir()) == [] and sorted(clips.rglob("*")) == before
-
-
-def test_the_skip_list_counts_in_validation(clips, tmp_path, capsys):
-    (tmp_path / "skip.txt").write_text("3  # a training clip\n20\n")
-    _, rows = run(
-        clips, tmp_path / "out", "--epochs", "1", "--skip_list", str(tmp_path / "skip.txt")
-    )
-    assert "17 training and 5 validation clips" in capsys.readouterr().out
-    result = rows[-1]
-    assert (
-        result["kind"] == "eval"
-        and result["clips"] == 6
-        and result["top5"] == pytest.approx(100 * 5 / 6)
-    )
-
-
-def test_mirrored_labels_are_printed_and_names_with_a_side_but_no_partner_too(tmp_path, capsys):
-    clips = write_clips(tmp_path / "clips", classes=["swipe_left", "swipe_right", "turn right"])
-    train_here(clips, tmp_path / "out", "--dry_run")
-    printed = capsys.readouterr().out
-    assert "flips swap these labels: 'swipe_left' and 'swipe_right'" in printed
-    assert "'turn right'" in printed and "--no-flip" in printed
-    train_here(clips, tmp_path / "out", "--dry_run", "--no-flip")
-    assert "flips" not in capsys.readouterr().out
-    clips = write_clips(tmp_path / "numbers", classes=["0", "1"])
-    train_here(clips, tmp_path / "out", "--dry_run")
-    assert "flips swap these labels: none; --no-flip" in capsys.readouterr().out
-
-
-def test_an_empty_validation_split_is_an_error_before_the_first_epoch(tmp_path):
-    clips = write_clips(tmp_path / "clips")
-    next(clips.glob("*validation.csv")).write_text("")
-    with pytest.raises(ValueError, match="18 training and 0 validation clips are too few"):
-        train_here(clips, tmp_path / "out")
-
-
-# ----- starting points -----
-
-
-def test_init_from_renews_the_head_for_other_classes(finished, clips, tmp_path, bn_frozen):
-    source = finished[1]["model"]
-    # a step that moves nothing
-    still = [
-        "--init_from",
-        str(finished[0] / "last.pt"),
-        "--lr",
-        "0",
-        "--min_lr",
-        "0",
-        "--max_steps",
-        "1",
-    ]
-    kept, _ = run(clips, tmp_path / "kept", *still)
-    assert same(kept["model"], source) and kept["step"] == 1
-    other = write_clips(tmp_path / "other", classes=["B", "A"])
-    renewed, _ = run(other, tmp_path / "renewed", *still)
-    for name, value in renewed["model"].items():
-        assert (
-            value.shape[0] == 2 if name.startswith("head.") else torch.equal(value, source[name])
-        ), name
-    # as many classes, but others
-    three = write_clips(tmp_path / "three", classes=["C", "B", "A"])
-    renewed, _ = run(three, tmp_path / "third", *still)
-    assert not torch.equal(renewed["model"]["head.weight"], source["head.weight"])
-    with pytest.raises(ValueError, match="--init_from"):
-        run(clips, tmp_path / "wider", *still, "--dim", "40")
-
-
-def test_init_from_takes_the_model_of_the_other_run_whatever_the_recipe(finished, clips, tmp_path):
-    bare = [word for word in SMALL if word not in ("--model", "tiny")]
-    for flag in ("--dim", "--depth", "--heads", "--num_frames", "--image_size", "--patch_size"):
-        i = bare.index(flag)
-        del bare[i : i + 2]
-    train.main(
-        [
-            *bare,
-            "--data_root",
-            str(clips),
-            "--out_dir",
-            str(tmp_path / "out"),
-            "--init_from",
-            str(finished[0] / "last.pt"),
-            "--max_steps",
-            "1",
-        ]
-    )
-    found = load_checkpoint(tmp_path / "out" / "last.pt")["model_config"]
-    assert all(
-        found[k] == v
-        for k, v in finished[1]["model_config"].items()
-        if not k.endswith(("drop_path", "dropout"))
-    )
-
-
-def test_init_from_at_another_image_size_keeps_the_grid_of_smem(finished, clips, tmp_path):
-    larger, _ = run(
-        clips,
-        tmp_path / "out",
-        "--init_from",
-        str(finished[0] / "last.pt"),
-        "--image_size",
-        "32",
-        "--max_steps",
-        "2",
-    )
-    assert larger["model"]["positional_embedding"].shape == (1 + 4 * 4, 32)
-    assert larger["model_config"]["image_size"] == 32 and larger["model_config"]["smem_grid"] == 2
-    assert [k for k in larger["model"] if k.startswith("smem_t")]
-
-
-def test_init_from_resizes_positions():
-    small = {**SMALL_MODEL, "num_classes": 3, "smem_t_layers": ()}
-    net = build_model("tiny", **{**small, "image_size": 32})
-    source = build_model("tiny", **small)
-    train.init_from(net, dict(model=source.state_dict(), classes=CLASSES), "a.pt", CLASSES)
-    assert net.positional_embedding.shape == (17, 32) and torch.equal(
-        net.positional_embedding[0], source.positional_embedding[0]
-    )
-
-
-def clip_file(path):
-    """CLIP's image tower of the test's size with random weights, under OpenAI's names."""
-    torch.manual_seed(1)
-    D, state = 32, {}
-    shapes = {
-        "class_embedding": (D,),
-        "positional_embedding": (5, D),
-        "proj": (D, 16),
-        "conv1.weight": (D, 3, 8, 8),
-    }
-    for name in ("ln_pre", "ln_post"):
-        shapes |= {f"{name}.weight": (D,), f"{name}.bias": (D,)}
-    for i in range(2):
-        block = f"transformer.resblocks.{i}."
-        for name, out, width in (
-            ("attn.in_proj_", 3 * D, D),
-            ("attn.out_proj.", D, D),
-            ("mlp.c_fc.", 4 * D, D),
-            ("mlp.c_proj.", D, 4 * D),
-        ):
-            shapes |= {f"{block}{name}weight": (out, width), f"{block}{name}bias": (out,)}
-        for name in ("ln_1", "ln_2"):
-            shapes |= {f"{block}{name}.weight": (D,), f"{block}{name}.bias": (D,)}
-    for name, shape in shapes.items():
-        state["visual." + name] = torch.randn(shape) * 0.1
-    state["logit_scale"] = torch.tensor(4.6)  # of the text side
-    torch.save(state, path)
-    return state
-
-
-def test_clip_weights_are_loaded_and_can_be_frozen(clips, tmp_path, capsys):
-    state = clip_file(tmp_path / "clip.pt")
-    flags = [
-        "--clip",
-        str(tmp_path / "clip.pt"),
-        "--ptm_layers",
-        "1",
-        "--max_steps",
-        "2",
-        "--lr",
-        "1e-2",
-    ]
-    frozen, _ = run(clips, tmp_path / "frozen", *flags, "--freeze_clip")
-    # but proj, logit_scale
-    assert (
-        f"CLIP weights: {len(state) - 2} tensors loaded"
-        in capsys.readouterr().out
-    )
-    free, _ = run(clips, tmp_path / "free", *flags)
-    for name, value in state.items():
-        name = name.removeprefix("visual.").replace("transformer.resblocks.", "blocks.")
-        if name in ("proj", "logit_scale"):
-            continue
-        trained = {
-            k: c["model"][name][:, :, 1] if name == "conv1.weight" else c["model"][name]
-            for k, c in (("frozen", frozen), ("free", free))
-        }
-        # the stem learns from motion, so it is not frozen
-        assert torch.equal(trained["frozen"], value) == (name != "conv1.weight"), name
-        assert not torch.equal(trained["free"], value), name
-    fresh = build_model("tiny", **SMALL_MODEL, num_classes=3, ptm_layers=(1,)).state_dict()
-    assert any(
-        k.startswith("ctm.") and not torch.equal(v, fresh[k]) for k, v in frozen["model"].items()
-    )
-    assert len(frozen["optimizer"]["state"]) < len(free["optimizer"]["state"])
-
-
-# ----- several processes, GPUs -----
-
-
-def test_two_processes_train_as_one(clips, tmp_path, monkeypatch):
-    clip_file(tmp_path / "clip.pt")  # only rank 0 reads it
-    flags = [*PLAIN, "--clip", str(tmp_path / "clip.pt"), "--lr", "1e-4"]
-    monkeypatch.setattr(train, "STDFormer", VARIANTS["bn_frozen"])
-    one, one_rows = run(clips, tmp_path / "one", *flags)
-    two, two_rows = on_two_ranks(
-        clips, tmp_path / "two", *flags, "--micro_batch", "1", variant="bn_frozen"
-    )
-    assert losses(two_rows) == pytest.approx(losses(one_rows), abs=1e-5)
-    accuracy = [
-        [(r["step"], r["top1"], r["top5"], r["clips"]) for r in rows if r["kind"] == "eval"]
-        for rows in (one_rows, two_rows)
-    ]
-    assert accuracy[0] == accuracy[1] and len(accuracy[0]) == 2
-    assert_close_weights(one, two)
-    assert (
-        two["step"] == one["step"]
-        and two["best"] == one["best"]
-        and two["model"].keys() == one["model"].keys()
-    )
-
-
-def test_two_processes_go_on_with_the_run_of_one(clips, tmp_path, capsys):
-    one, _ = run(clips, tmp_path / "out", *PLAIN, "--max_steps", "5")
-    two, rows = on_two_ranks(clips, tmp_path / "out", *PLAIN, "--resume")
-    assert (one["step"], two["step"]) == (5, 8) and [
-        r["step"] for r in rows if r["kind"] == "train"
-    ] == list(range(1, 9))
-    capsys.readouterr()
-    evaluate.main(
-        [
-            "--ckpt",
-            str(tmp_path / "out" / "last.pt"),
-            "--crops",
-            "1",
-            "--workers",
-            "0",
-            "--device",
-            "cpu",
-        ]
-    )
-    assert (
-        capsys.readouterr().out.splitlines()[-1].startswith(f"top1 {rows[-1]['top1']:.2f} ")
-        and rows[-1]["kind"] == "eval"
-    )
-
+    with pytest.raises(FloatingPointError, match="gradient norm inf at step 6"):
+        run(clips, tmp_path, "--save_minutes", "0")
+    assert load_checkpoint(tmp_path / "last.pt")["step"] == 5
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_mixed_precision_steps(clips, tmp_path, precision, device, bn_frozen):
-    flags = [*PLAIN, "--device", device]
+def test_mixed_precision(clips, tmp_path, precision, device):
+    flags = ["--device", device, "--epochs", "1"]
     _, exact = run(clips, tmp_path / "fp32", *flags, "--precision", "fp32", "--max_steps", "1")
+    assert torch.get_float32_matmul_precision() == "highest"
     flags += ["--precision", precision]
     mixed, rows = run(clips, tmp_path / "mixed", *flags)
-    assert losses(rows)[0] == pytest.approx(losses(exact)[0], abs=0.05) and all(
-        map(math.isfinite, losses(rows))
-    )
-    assert losses(rows)[0] != losses(exact)[0]  # it is not float32 under another name
+    assert torch.get_float32_matmul_precision() == "high"       # TF32; fp32 does without
+    assert losses(rows)[0] == pytest.approx(losses(exact)[0], abs=0.05)
+    assert losses(rows)[0] != losses(exact)[0]          # it is not float32 under another name
     assert all(v.dtype not in (torch.float16, torch.bfloat16) for v in mixed["model"].values())
-    if precision == "bf16":
-        assert mixed["scaler"] == {}  # needs none
-    else:
-        # starts at 65536 and halves (skipping the step) until nothing overflows
-        assert mixed["scaler"]["scale"] >= 1
-        # 0 where the step overflowed
-        changed = [r["grad_norm"] for r in rows if r["kind"] == "train" and not r["skipped"]]
-        assert changed and max(changed) < 1000  # the norm is taken after unscaling
-    # the scaler's state is part of what a resume needs
+    norms = [row["grad_norm"] for row in rows if row["kind"] == "train" and not row["skipped"]]
+    assert norms and max(norms) < 1000                  # taken after unscaling
+    assert (mixed["scaler"] == {}) == (precision == "bf16")
     if device == "cpu":
-        run(clips, tmp_path / "resumed", *flags, "--max_steps", "3")
-        resumed, _ = run(clips, tmp_path / "resumed", *flags, "--resume")
-        assert same(resumed["model"], mixed["model"]) and same(resumed["scaler"], mixed["scaler"])
+        run(clips, tmp_path / "out", *flags, "--max_steps", "2")
+        resumed = run(clips, tmp_path / "out", *flags, "--resume")
+        assert_same_run(resumed, (mixed, rows))
 
+@pytest.mark.parametrize("exponent", (20, 90))
+def test_fp16_skips_steps_that_overflow_but_not_for_ever(clips, tmp_path, monkeypatch, exponent):
+    """The scaler's first scale is too large. It is halved in each step that overflows."""
+    Scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0 ** exponent)
+    monkeypatch.setattr(torch.amp, "GradScaler", Scaler)
+    flags = ["--precision", "fp16", "--epochs", "5", "--eval_every", "9", "--log_every", "3"]
+    if exponent == 90:                                  # it gives up after 20 such steps
+        with pytest.raises(FloatingPointError, match="gradient norm .* at step 20"):
+            run(clips, tmp_path, *flags)
+        return
+    last, rows = run(clips, tmp_path, *flags)
+    skipped = sum(row["skipped"] for row in rows if row["kind"] == "train")
+    assert 0 < skipped < 20 and last["scaler"]["scale"] == 2.0 ** (exponent - skipped)
+    assert last["optimizer"]["state"][0]["step"] == last["step"] - skipped
+
+# ----- Refusals -------------------------------------------------------------
+
+def test_resume_refuses_another_run(clips, finished, tmp_path):
+    for flags, changes, words in [
+        (["--dim", "40"], {}, "dim was 32 and is 40"),
+        (["--batch_size", "2"], {}, "batch_size was 4 and is 2"),
+        (["--no-flip"], {}, "flip was True and is False"),
+        ([], dict(clips=12), "clips was 12 and is 18"),
+        ([], dict(classes=["A", "B"]), "classes was .* and is "),
+    ]:
+        torch.save({**finished[0], **changes}, tmp_path / "last.pt")
+        with pytest.raises(ValueError, match=words):
+            run(clips, tmp_path, *EVERYTHING, "--resume", *flags)
+
+def test_folders_and_batches_that_do_not_fit_are_refused(clips, tmp_path, monkeypatch):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "best.pt").touch()
+    with pytest.raises(ValueError, match="old holds a run: add --resume"):
+        run(clips, tmp_path / "old")
+    with pytest.raises(FileNotFoundError, match="last.pt"):
+        run(clips, tmp_path / "new", "--resume")
+    with pytest.raises(ValueError, match="18 training clips .* --batch_size 19"):
+        run(clips, tmp_path / "a", "--batch_size", "19")
+    with pytest.raises(ValueError, match="--micro_batch 3"):
+        run(clips, tmp_path / "b", "--micro_batch", "3")
+    with pytest.raises(ValueError, match="does not hold toy data.*--dataset folder"):
+        run(clips / "20bn-something-something-v1", tmp_path / "c", "--dataset", "toy")
+    monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))          # without scripts/
+    with pytest.raises(FileNotFoundError, match="no toy data.*--dataset folder"):
+        run(tmp_path / "none", tmp_path / "d", "--dataset", "toy")
+
+# ----- Weights to start from ------------------------------------------------
+
+STILL = "--lr 0 --min_lr 0 --max_steps 1".split()       # a step that moves no weight
+
+def test_init_from_takes_the_model_and_renews_the_head_for_other_classes(clips, finished, tmp_path):
+    torch.save(finished[0], tmp_path / "a.pt")
+    source = finished[0]["model"]
+    bare = [*SMALL[:4], "--batch_size", "4", "--workers", "0", "--device", "cpu", "--init_from",
+            str(tmp_path / "a.pt"), *STILL]
+    for classes in (["B", "A"], ["C", "B", "A"], CLASSES):
+        root = write_clips(tmp_path / classes[0], classes=classes)
+        train.main([*bare, "--data_root", str(root), "--out_dir", f"out{classes[0]}"],
+                   FrozenBNFormer)                      # no flag about the model
+        found = load_checkpoint(tmp_path / f"out{classes[0]}" / "last.pt")["model"]
+        for name, value in found.items():
+            if name.startswith("head.") and classes != CLASSES:
+                assert len(value) == len(classes) and not same(value, source[name])
+            else:
+                assert torch.equal(value, source[name]), name
+    with pytest.raises(ValueError, match="--init_from .*a.pt does not fit"):
+        run(clips, tmp_path / "wider", "--init_from", str(tmp_path / "a.pt"), "--dim", "40")
+
+def test_init_from_at_another_size_resizes_positions_and_keeps_smem(clips, finished, tmp_path):
+    torch.save(finished[0], tmp_path / "a.pt")
+    larger, _ = run(clips, tmp_path / "out", "--init_from", str(tmp_path / "a.pt"), "--image_size",
+                    "32", *STILL)
+    assert larger["model"]["positional_embedding"].shape == (1 + 4 * 4, 32)
+    assert (larger["model_config"]["image_size"], larger["model_config"]["smem_grid"]) == (32, 2)
+    name = "smem_t.0.conv_out.weight"
+    assert torch.equal(larger["model"][name], finished[0]["model"][name])
+
+def clip_file(path):
+    """CLIP's image tower of the test's size, with random weights."""
+    net = build_model("tiny", dim=32, depth=2, heads=2, image_size=16, ptm_layers=(), num_classes=3)
+    state = {"visual.proj": torch.zeros(32, 16)}
+    for name, value in net.state_dict().items():
+        if model.is_clip_parameter(name):
+            value = value[:, :, 1] if name == "conv1.weight" else value
+            state["visual." + name.replace("blocks.", "transformer.resblocks.")] = value + 0.01
+    torch.save(state, path)
+    return state
+
+def test_clip_weights_are_loaded_and_can_be_frozen(clips, tmp_path, capsys):
+    state = clip_file(tmp_path / "clip.pt")
+    flags = ["--clip", str(tmp_path / "clip.pt"), "--max_steps", "2", "--lr", "1e-2"]
+    frozen, _ = run(clips, tmp_path / "frozen", *flags, "--freeze_clip")
+    assert f"CLIP weights: {len(state) - 1} tensors loaded" in capsys.readouterr().out
+    free, _ = run(clips, tmp_path / "free", *flags)
+    for name, value in state.items():
+        name = name.removeprefix("visual.").replace("transformer.resblocks.", "blocks.")
+        if name == "proj":                              # our head takes its place
+            continue
+        found = [checkpoint["model"][name] for checkpoint in (frozen, free)]
+        if name == "conv1.weight":                      # the stem learns in both
+            assert not torch.equal(found[0][:, :, 1], value)
+        else:
+            assert torch.equal(found[0], value) and not torch.equal(found[1], value), name
+    assert not torch.equal(frozen["model"]["head.weight"], free["model"]["head.weight"])
+
+# ----- Several processes, own data, the files alone -------------------------
+
+def test_two_processes_train_as_one(clips, tmp_path):
+    clip_file(tmp_path / "clip.pt")
+    flags = ["--clip", str(tmp_path / "clip.pt"), "--lr", "1e-4", "--repeat_aug", "2"]
+    one, one_rows = run(clips, tmp_path / "one", *flags, Model=FrozenBNFormer)
+    on_two_ranks(functools.partial(train_only, Model=FrozenBNFormer), clips, tmp_path / "two",
+                 *flags, "--micro_batch", "1")
+    two, two_rows = load_checkpoint(tmp_path / "two" / "last.pt"), read_log(tmp_path / "two")
+    assert losses(two_rows) == pytest.approx(losses(one_rows), abs=1e-5)
+    assert_close_weights(one["model"], two["model"])
+    accuracy = [[(row["top1"], row["top5"], row["clips"]) for row in rows if row["kind"] == "eval"]
+                for rows in (one_rows, two_rows)]
+    assert accuracy[0] == accuracy[1] and len(accuracy[0]) == 2
+
+def test_crops_of_a_tracked_face_train(tmp_path):
+    """Own data whose frames differ in size, even within a clip."""
+    rng = np.random.default_rng(0)
+    for split, n in ("train", 4), ("validation", 2):
+        for i in range(2 * n):
+            name = ("smile", "frown")[i % 2]
+            frames = [rng.integers(0, 255, (20 + rng.integers(9), 24, 3)) for _ in range(5)]
+            save_frames(tmp_path / "own" / split / name / str(i), frames, kind="jpg")
+    last, rows = run(tmp_path / "own", tmp_path / "out", "--dataset", "folder", "--epochs", "1")
+    assert last["classes"] == ["frown", "smile"] and rows[-1]["clips"] == 4
+
+ALONE = """
+import multiprocessing, os, sys
+import evaluate, train
+
+def train_as_rank(rank, flags):
+    os.environ.update(RANK=rank, LOCAL_RANK=rank)
+    train.main(flags)
+
+if __name__ == "__main__":
+    flags = sys.argv[1:]
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    ranks = [context.Process(target=train_as_rank, args=(rank, [*flags, "--max_steps", "3"]))
+             for rank in "01"]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    del os.environ["RANK"]
+    train.main([*flags, "--resume"])
+    common = ["--ckpt", "out/last.pt", "--workers", "0", "--device", "cpu"]
+    evaluate.main(common)
+    evaluate.main([*common, "--video", "clips/20bn-something-something-v1/19"])
+    print([name for name in sys.modules if name.split(".")[0] in ("scripts", "tests")])
+"""
+
+def test_the_four_files_work_alone(clips, tmp_path):
+    """Training on two processes, resume, evaluation and one clip, in an otherwise empty folder."""
+    for name in ("model.py", "data.py", "train.py", "evaluate.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(clips, tmp_path / "clips")
+    (tmp_path / "alone.py").write_text(ALONE)
+    environment = dict(os.environ, **torchrun_variables(0, free_port()))
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run([sys.executable, "alone.py", *flags_for("clips", "out")], text=True,
+                          env=environment, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "stopped after step 3 of 8" in done.stdout and "done: best top1" in done.stdout
+    assert "clips 6 views 4x3x1\nclips/20bn-something-something-v1/19\n" in done.stdout
+    assert done.stdout.endswith("\n[]\n")              # nothing of scripts/ was imported
 
 @cuda
-def test_compiled_steps_equal_eager(clips, tmp_path):
-    flags = [*PLAIN, "--device", "cuda", "--precision", "fp32", "--max_steps", "3"]
+def test_compiled_steps_equal_eager_ones(clips, tmp_path):
+    flags = ["--device", "cuda", "--precision", "fp32", "--max_steps", "3"]
     eager, eager_rows = run(clips, tmp_path / "eager", *flags)
     compiled, rows = run(clips, tmp_path / "compiled", *flags, "--compile")
     assert losses(rows) == pytest.approx(losses(eager_rows), abs=2e-3)
-    assert compiled["model"].keys() == eager["model"].keys()  # no _orig_mod. prefix
-
-
-@cuda
-def test_compiled_steps_on_two_ranks_without_sync_bn_equal_eager(clips, tmp_path):
-    flags = [*PLAIN, "--device", "cuda", "--precision", "fp32", "--max_steps", "3", "--no-sync_bn"]
-    eager, eager_rows = on_two_ranks(clips, tmp_path / "eager", *flags)
-    compiled, rows = on_two_ranks(clips, tmp_path / "compiled", *flags, "--compile")
-    assert losses(rows) == pytest.approx(losses(eager_rows), abs=2e-3)
-    assert compiled["model"].keys() == eager["model"].keys()
-
+    assert compiled["model"].keys() == eager["model"].keys()    # no _orig_mod. before the names
 
 @cuda
 def test_sync_batchnorm_on_two_ranks_is_batchnorm_on_one(clips, tmp_path):
-    # Two processes share the GPU (gloo); batch statistics over both must be those of the whole
-    # batch.
-    flags = [*PLAIN, "--device", "cuda", "--precision", "fp32", "--max_steps", "3"]
-    one, one_rows = run(clips, tmp_path / "one", *flags)
-    two, two_rows = on_two_ranks(clips, tmp_path / "two", *flags)
-    assert losses(two_rows) == pytest.approx(losses(one_rows), abs=2e-3)
-    for name, value in one["model"].items():
-        if "running_" in name:
-            assert torch.allclose(value, two["model"][name], atol=1e-2), name
+    flags = ["--device", "cuda", "--precision", "fp32", "--max_steps", "3"]
+    _, rows = run(clips, tmp_path / "one", *flags)
+    on_two_ranks(train_only, clips, tmp_path / "two", *flags, "--sync_bn")
+    assert losses(read_log(tmp_path / "two")) == pytest.approx(losses(rows), abs=2e-3)
