@@ -5,13 +5,13 @@
     ssv2    20bn-something-something-v2/<id>.webm
             something-something-v2-{labels,train,validation,test}.json
     folder  {train,validation}/<class>/<clip>.mp4, or a folder of frames for each clip; or lists,
-            {train,validation}.csv with lines "path label", which count if there are both
+            {train,validation}.csv with lines "path label". If there are both, the lists count
     toy     made by scripts/toy_data.py, in the layout of ssv1
 
 One clip, from disk to the model:
 
     read_annotations -> read_clip -> train_transform or eval_views -> normalize
-    id and label        16 frames    224 x 224 crops, uint8           float32, on the device
+    -> id, label        -> 16 frames -> 224 x 224 crops, uint8        -> float32, on the device
 
 A training sample depends only on (seed, epoch, index, repetition), whatever the number of workers.
 """
@@ -50,7 +50,7 @@ def find_file(root, *patterns):
 def read_lines(path):
     """The lines of a text file that are not blank."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")       # without the mark that Excel writes
+        text = Path(path).read_text(encoding="utf-8-sig")       # drops the mark that Excel writes
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not UTF-8 text; save it as UTF-8 ({e})") from e
     return [line.strip() for line in text.splitlines() if line.strip()]
@@ -77,7 +77,7 @@ def read_ssv1(root, split):
 def read_ssv2(root, split):
     path = find_file(root, f"something-something-v2-{split}.json", f"{split}.json")
     labels = find_file(root, "something-something-v2-labels.json", "labels.json")
-    answers = path.with_name("test-answers.csv")
+    answers = path.with_name("test-answers.csv")        # the later release has the test's labels
     if split == "test" and answers.is_file():
         return answers, read_ssv1_list(answers), list(read_json(labels))
 
@@ -89,7 +89,7 @@ def read_ssv2(root, split):
                              f"with the keys {' and '.join(sorted(expected))}")
         name = clip.get("template")
         if name is not None:
-            name = name.replace("[", "").replace("]", "")       # [something]
+            name = name.replace("[", "").replace("]", "")       # "[something]"
         rows.append((str(clip["id"]), name))
     return path, rows, list(read_json(labels))
 
@@ -201,8 +201,9 @@ def clean(name):
 def read_annotations(dataset, root, split):
     """The clips of a split: ids, labels (-1 if unknown), class names, and the list or folder read.
 
-    Classes are numbered in the order of their sorted names, which is V2's own order. ValueError if
-    a list is malformed, FileNotFoundError if there is none.
+    Classes are numbered in the order of their sorted names, which is V2's own order. (If names are
+    numbers, 10 comes before 2.) ValueError if a list is malformed, FileNotFoundError if there is
+    none.
     """
     read, _, _ = LAYOUTS[dataset]
     source, rows, classes = read(root, split)
@@ -237,10 +238,11 @@ def mirror_labels(classes):
     """
     numbers = {}
     for i, name in enumerate(classes):
-        numbers[name.lower().replace("anticlockwise", "counterclockwise")] = i
+        name = name.lower().replace("anticlockwise", "counterclockwise")
+        numbers[name.replace("counter-clockwise", "counterclockwise")] = i
     mirrored = list(range(len(classes)))
     for name, i in numbers.items():
-        words = re.split("([^a-z]+)", name)             # also what is between the words
+        words = re.split("([^a-z]+)", name)             # the brackets keep what is between
         opposite = "".join([OPPOSITES.get(word, word) for word in words])
         mirrored[i] = numbers.get(opposite, i)
     return mirrored
@@ -253,8 +255,10 @@ def sample_indices(n, num_frames, rng=None, clips=1):
     As in UniFormerV2, segment i is round(s i) to round(s (i+1)), with s = (n-1) / num_frames.
     Training (with an rng) draws a frame of each segment, including both ends. Evaluation takes the
     middle: for n = 41 and 4 frames, segments begin at 0, 10, 20 and 30, and it takes 5, 15, 25, 35.
-    If there are several `clips`, or views of the whole clip, view v takes frame
-    floor(s (v+1) / (clips+1)) of each segment instead. Short clips repeat frames.
+    Short clips repeat frames.
+
+    clips is the last number of a protocol such as 16 x 3 x 1. All of these "clips" span the whole
+    video: number v has frame floor(s (v+1) / (clips+1)) of each segment.
     """
     s = (n - 1) / num_frames
     edges = np.round(s * np.arange(num_frames + 1)).astype(np.int64)
@@ -310,8 +314,8 @@ def read_frames(folder, names):
     return np.stack(frames)
 
 def open_video(path):
-    """A decord reader. It gives up soon after damage, and does not repeat frames in its place."""
-    os.environ.setdefault("DECORD_EOF_RETRY_MAX", "2048")
+    """A decord reader. If a file is damaged, it raises an error instead of repeating frames."""
+    os.environ.setdefault("DECORD_EOF_RETRY_MAX", "2048")       # it gives up sooner than by default
     import decord                                       # folders of frames do not need it
     decord.logging.set_level(decord.logging.QUIET)
     return decord.VideoReader(str(path), num_threads=1, fault_tol=1e-9)
@@ -340,8 +344,9 @@ def read_video(path, num_frames, rng, clips):
     indices = sample_indices(n, num_frames, rng, clips)
     frames, decoded = decode(reader, n, indices)
     if decoded < n:
-        # Damage, or frames that are never shown, which decord counts as well: they have a time
-        # below 0 (cut off by an edit list), or that of another frame (VP8).
+        # decord also counts frames that are never shown. They have a time below 0 (cut off by an
+        # edit list) or the time of another frame (VP8). Without them, the count must be right;
+        # otherwise the file is damaged.
         times = reader.get_frame_timestamp(range(n))[:, 0]
         shown = len(np.unique(times[times >= 0]))
         if decoded == 0 or decoded != shown:
@@ -364,7 +369,7 @@ def read_clip(path, num_frames, rng=None, clips=1):
             frames = read_video(path, num_frames, rng, clips)
     except Exception as e:                              # Pillow and decord raise many kinds
         reason = str(e).partition("\n")[0] or type(e).__name__
-        reason = re.sub(r"\[[\d:]+\] \S+ ", "", reason)    # decord's times and lines of code
+        reason = re.sub(r"\[[\d:]+\] \S+ ", "", reason)    # decord's time and line of code
         raise ValueError(f"{path} cannot be read ({reason})") from e
     return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
@@ -393,7 +398,7 @@ def train_transform(size, crop_scale=0.08, randaugment=0, randaugment_first=Fals
 def eval_views(video, num_frames, size, crops=1):
     """All views of a clip: uint8 (clips * F, 3, h, w) -> (clips * crops, 3, F, S, S).
 
-    The short side is resized to S. One crop is the centre, three lie along the long side.
+    The short side is resized to S. crops is 1, the centre, or 3 along the long side.
     """
     h, w = video.shape[-2:]
     scale = size / min(h, w)
@@ -436,7 +441,7 @@ class VideoDataset(torch.utils.data.Dataset):
     crops, clips  views of a clip, see eval_views and sample_indices
     control       "none", or "shuffle" or "single", see control_frames
     skip_list     file with ids of clips to leave out; evaluation counts them as wrong
-    clip_root     folder around the clips (around 20bn-*), if not root
+    clip_root     folder that holds the clips (that holds 20bn-*), if it is not root
     """
 
     def __init__(self, dataset, root, split, num_frames=16, size=224, crops=1, clips=1,
@@ -456,7 +461,7 @@ class VideoDataset(torch.utils.data.Dataset):
         self.seed = seed
         if len(self.ids) == 0:
             raise ValueError(f"{skip_list} leaves no clip of {self.source}")
-        self.path(0)                                    # a wrong folder should not wait for step 1
+        self.path(0)                            # a wrong folder should fail now, not in step 1
 
     def __len__(self):
         return len(self.ids)
@@ -535,7 +540,7 @@ def make_loader(dataset, workers, timeout, device, **batches):
     return torch.utils.data.DataLoader(
         dataset, num_workers=workers, timeout=timeout if workers > 0 else 0,
         pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
-        # Python 3.14 would start workers by a server process, which SIGTERM ends.
+        # Python 3.14 would start workers by a server process, and SIGTERM would end that.
         multiprocessing_context="fork" if workers > 0 and sys.platform == "linux" else None,
         **batches)
 

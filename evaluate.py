@@ -53,6 +53,7 @@ def evaluate(model, dataset, device, rank=0, world=1, batch_size=8, workers=0, t
     loader = data.make_loader(mine, workers, timeout, device, batch_size=batch_size)
     model.eval()
     parts = []                                          # (index, probabilities) of each batch
+    # disable=None: no progress bar in a log file
     for views, _, index in tqdm(loader, "evaluating", leave=False, disable=rank > 0 or None):
         # A copy, because a tensor of a data worker keeps a file open.
         parts.append((index.clone(), predict(model, views, device, precision, mean, std)))
@@ -62,7 +63,8 @@ def evaluate(model, dataset, device, rank=0, world=1, batch_size=8, workers=0, t
         parts = sum(gathered, [])                       # the lists of all processes, joined
     index = torch.cat([i for i, _ in parts])
     probabilities = torch.cat([p for _, p in parts])
-    assert index.sort().values.tolist() == list(range(len(dataset))), "not each clip counted once"
+    counted = index.sort().values.tolist()
+    assert counted == list(range(len(dataset))), "a clip was not counted exactly once"
     probabilities = probabilities[index.argsort()]
 
     labels = torch.from_numpy(dataset.labels)
@@ -75,38 +77,37 @@ def evaluate(model, dataset, device, rank=0, world=1, batch_size=8, workers=0, t
 
 # ----- The command ----------------------------------------------------------
 
-def positive(text):
-    """The type of a flag that counts something."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
 def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("--ckpt", required=True, help="checkpoint of train.py: best.pt or last.pt")
-    add("--video", nargs="+", metavar="PATH", help="print the top 5 of these clips instead")
+    add("--video", nargs="+", metavar="PATH", help="classify these clips, and no data set")
     add("--dataset", choices=data.LAYOUTS, help="another data set of these classes, at --data_root")
     add("--data_root", help="folder of the data set, if it has moved")
-    add("--clip_root", help="folder around the clips, if not DATA_ROOT")
+    add("--clip_root", help="folder that holds the video clips, if not DATA_ROOT")
     add("--split", default="validation", choices=("train", "validation", "test"))
     add("--num_frames", type=positive, help="frames per clip, if not those of training")
     add("--image_size", type=positive, help="pixels of a frame, if not those of training")
     add("--crops", type=int, default=3, choices=(1, 3), help="spatial views")
     add("--clips", type=positive, default=1, help="temporal views, each over the whole clip")
     add("--control", choices=("none", "shuffle", "single"), help="if not that of training")
-    add("--skip_list", metavar="FILE", help="clips that count as wrong; give training's again")
+    add("--skip_list", metavar="FILE", help="clips that count as wrong; not known from training")
     add("--save", metavar="FILE", help=".csv: the top 5 of each clip, .npz: all probabilities")
     add("--batch_size", type=positive, default=8, help="clips per process at once")
     add("--workers", type=int, default=min(8, data.cores_per_process()),
         help="data workers per process")
     add("--timeout", type=float, default=600, help="seconds to wait for a data worker")
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
-    add("--precision", default="fp32", choices=("fp32", "bf16", "fp16"))
-    return p.parse_args(argv)
+    add("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="validation in "
+        "train.py has that of training")
+    args = p.parse_args(argv)
+    if args.dataset and not args.data_root:
+        p.error("--dataset names another data set; give its folder, too, with --data_root")
+    return args
 
 def main(argv=None, Model=STDFormer):
+    """argv: the flags. Model: STDFormer or a subclass, see scripts/variants.py"""
     args = get_args(argv)
     device, rank, world = setup(args.device)
     set_tf32(args.precision != "fp32")
@@ -127,14 +128,14 @@ def main(argv=None, Model=STDFormer):
 
 def evaluate_dataset(args, model, checkpoint, device, rank, world):
     """Print the accuracy on a split. The data set is that of training, unless flags differ."""
-    trained = checkpoint["args"]
+    flags = checkpoint["args"]                          # of training
     clip_root = args.clip_root
-    if not args.data_root and not args.clip_root:
-        clip_root = trained["clip_root"]
+    if not args.data_root and not args.clip_root:       # the data are where they were
+        clip_root = flags["clip_root"]
     dataset = data.VideoDataset(
-        args.dataset or trained["dataset"], args.data_root or trained["data_root"], args.split,
+        args.dataset or flags["dataset"], args.data_root or flags["data_root"], args.split,
         args.num_frames, args.image_size, crops=args.crops, clips=args.clips,
-        control=args.control or trained["control"], skip_list=args.skip_list, clip_root=clip_root)
+        control=args.control or flags["control"], skip_list=args.skip_list, clip_root=clip_root)
     if dataset.classes != checkpoint["classes"]:
         differ = sorted(set(dataset.classes) ^ set(checkpoint["classes"]))
         raise ValueError(f"{dataset.source} has other classes than {args.ckpt}, such as "
@@ -183,13 +184,13 @@ def evaluate_videos(args, model, checkpoint, device, rank):
         raise ValueError(f"{broken} of {len(paths)} clips cannot be read, see above")
 
 def find_videos(name):
-    """The clips at a path: a video, a folder of these or of frame folders, or a frame folder."""
+    """The clips at a path: a video, a folder of frames, or a folder that holds several of them."""
     path = Path(name)
     if path.is_dir():
         videos = []
         for p in sorted(path.iterdir()):
-            is_video = p.suffix.lower() in data.VIDEOS or (p.is_dir() and data.list_images(p))
-            if is_video and not data.is_hidden(p.name):
+            is_clip = p.suffix.lower() in data.VIDEOS or (p.is_dir() and data.list_images(p))
+            if is_clip and not data.is_hidden(p.name):
                 videos.append(p)
         if videos:
             return videos
@@ -224,7 +225,7 @@ def save_predictions(path, ids, labels, probabilities, classes):
                 row += [name, f"{share:.5f}"]
             rows.writerow(row)
 
-# ----- Devices and processes; train.py uses these, too ----------------------
+# ----- Devices, processes and flags; train.py uses these, too ---------------
 
 def autocast(device, precision):
     """Mixed precision for "bf16" and "fp16", nothing for "fp32"."""
@@ -232,9 +233,15 @@ def autocast(device, precision):
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 def set_tf32(allowed):
-    """Whether an NVIDIA GPU may round float32 products to TF32, which is faster."""
+    """Let an NVIDIA GPU round float32 products to TF32, which is faster, or forbid it."""
     torch.set_float32_matmul_precision("high" if allowed else "highest")
     torch.backends.cudnn.allow_tf32 = allowed
+
+def positive(text):
+    """The type of a flag that counts something."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 def setup(name="auto"):
     """Choose the device, and join the other processes if torchrun has started several.
@@ -264,13 +271,13 @@ def setup(name="auto"):
                              "start one per node, with torchrun in it")
         return device, 0, 1
 
-    # NCCL needs a GPU for each process. It is told which one, or it might assume another.
+    # NCCL needs a GPU for each process. We tell it which one, or it might guess another.
     backend, device_id = "gloo", None
     if device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= gpus:
         backend, device_id = "nccl", device
     # If torchrun restarts the processes of a node, they meet in the same store, where the addresses
-    # of dead processes would make them wait for ever. So each attempt gets keys of its own. Several
-    # nodes may count attempts differently.
+    # of dead processes would make them wait for ever. So each attempt has its own keys. This works
+    # on one node only, since several may count their attempts differently.
     store, rank, world = next(dist.rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
@@ -290,7 +297,7 @@ def run_command(main):
             message = message.splitlines()[-1].partition(": ")[2]
         sys.exit(f"{Path(sys.argv[0]).name}: {message}")
     finally:
-        if hasattr(signal, "SIGCHLD"):          # or PyTorch reports the workers that we kill
+        if hasattr(signal, "SIGCHLD"):          # else PyTorch would report the workers we kill
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in multiprocessing.active_children():
             worker.kill()                       # they ignore SIGTERM, and one may hang

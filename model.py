@@ -15,7 +15,7 @@ Figure 1 in code (STDFormer.forward_features). One of L layers; only some have S
     video -- stem --+-- x --[ Block or PTM ]--[ SMEM ]--+-----------(+)-- x   spatio-temporal branch
                     |                        (Table 6)  | query       ^
                     |                                   v             | STDM
-                    +-- y ----------- memory --------[ CTM ]--[ SMEM ]+-- y   temporal branch
+                    +-- y --------- key, value ------[ CTM ]--[ SMEM ]+-- y   temporal branch
 
     logits = head(LN(mean of the last y over T, H and W))
 """
@@ -33,10 +33,12 @@ from torchvision.ops import StochasticDepth
 
 @dataclass
 class ModelConfig:
-    """Everything that defines a model. Covers every row of Tables 2 to 7 that our copy has.
+    """Everything that defines a model.
 
-    Layers are counted from 0, as in the paper. An empty tuple means no layer. None stands for the
-    paper's best choice, scaled to the depth. ValueError names a field with a wrong value.
+    It covers each row of Tables 2 to 7 that can be read in our copy of the paper.
+    Layers are counted from 0, as in the paper. An empty tuple means no layer. None stands for what
+    the comment says: for PTM and SMEM the paper's best row, scaled to the depth. ValueError names a
+    field with a wrong value.
     """
     num_classes: int = 174
     num_frames: int = 16            # F
@@ -53,7 +55,7 @@ class ModelConfig:
     beta: float = 1.0               # weight of the convolution in Eq. 1 (Table 7)
     learn_fusion: bool = True       # alpha and beta are learned, starting from these values
     stdm_layers: tuple = None       # layers whose y is added to x; None: all but the last
-    smem_t_layers: tuple = None     # SMEM in the temporal branch (Table 6); None: L // 3
+    smem_t_layers: tuple = None     # SMEM in the temporal branch (Table 6); None: layer L // 3
     smem_st_layers: tuple = ()      # SMEM in the spatio-temporal branch (Table 6)
     smem_fusion: str = "mul"        # how SMEM compares two patches (Table 4): mul, add, mul+add
     smem_grid: int = None           # patches per side that SMEM is built for; None: S / patch_size
@@ -81,7 +83,7 @@ class ModelConfig:
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size is {self.image_size}, "
                              f"expected a multiple of patch_size, {self.patch_size}")
-        if self.num_frames % self.stem_stride or self.num_frames == self.stem_stride:
+        if self.num_frames % self.stem_stride or self.num_frames < 2 * self.stem_stride:
             raise ValueError(f"num_frames is {self.num_frames}, expected a multiple of "
                              f"stem_stride, {self.stem_stride}, and at least twice that")
         if self.stem_kernel % 2 == 0:
@@ -144,7 +146,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         z = self.c_fc(x)
-        # CLIP's QuickGELU, z * sigmoid(1.702 z). Written with SiLU, x * sigmoid(x), it keeps one
+        # CLIP's QuickGELU, z * sigmoid(1.702 z). Written with SiLU, u * sigmoid(u), it keeps one
         # tensor for the backward pass instead of two.
         z = F.silu(1.702 * z) / 1.702
         return self.c_proj(self.dropout(z))
@@ -176,8 +178,9 @@ class DPE(nn.Module):
     """Dynamic position encoding: what is at this position in the frames before and after?
 
     Section 3.2, Fig. 2: "depthwise separable" 1x1x1, 3x1x1 and 1x1x1 convolutions. UniFormerV2
-    has the same three in its local MHRA. The paper says no more, so the rest is from there:
-    BatchNorm first, width D/1.5 in the middle, no activation. The 3x1x1 is depthwise.
+    has the same three in its local relation aggregator (MHRA). The paper says no more, so the rest
+    is from there: BatchNorm first, width D/1.5 in the middle, no activation. The 3x1x1 is
+    depthwise.
     patches: (B, T, N, D) -> (B, T, N, D)
     """
 
@@ -197,9 +200,10 @@ class PTMConv(nn.Module):
     """PTM's convolution path, "2D Conv": what changes around here from one frame to the next?
 
     Section 3.2, Fig. 2: 1x1, 3x3 and 1x1 convolutions that extract "temporal feature from adjacent
-    frames". So the 3x3 runs on the plane (T, H*W), whose rows are frames; UniFormerV2's local MHRA
-    convolves on the same plane. Table 3 also tries 3D; we use 1x1x1, 3x3x3 and 1x1x1 (dims=3).
-    The width in the middle is not given either; we use D/4.
+    frames". So the 3x3 runs on the plane (T, H*W), whose rows are frames. UniFormerV2 lays its
+    tokens out in the same way for its 3x1x1. Along H*W a patch has its left and right neighbours,
+    none above or below, and at the end of a row the first patch of the next row. Table 3 also tries
+    3D; we use 1x1x1, 3x3x3 and 1x1x1 (dims=3). The width in the middle is not given; we use D/4.
     patches: (B, T, N, D) -> (B, T, N, D), grid: (H, W) with H*W = N
     """
 
@@ -233,7 +237,7 @@ class PTM(nn.Module):
 
     conv            Table 3. "residual2d" is the above, "residual3d" has a 3D convolution.
                     "attention2d" and "attention3d" convolve after attention: y3 = Conv(y1)
-    alpha, beta     1.0 is best in Table 7. Learned, starting there, unless learn_fusion is False
+    alpha, beta     1.0 is best in Table 7. If learn_fusion, they are where learning starts
     x: (B, T, 1+N, D) -> (B, T, 1+N, D), grid: (H, W) with H*W = N
     """
 
@@ -265,10 +269,10 @@ class PTM(nn.Module):
 # ----- Section 3.3: cross transformer module --------------------------------
 
 class CPE(nn.Module):
-    """Convolutional position encoding: a 3x3x3 convolution tells each token its surroundings.
+    """Convolutional position encoding: what is around each token, in space and time?
 
-    Section 3.3, Fig. 3. Ours is depthwise, as conditional position encodings are (Chu et al., 2021)
-    and UniFormerV2's is. A dense one would add 190 M parameters to b16.
+    Section 3.3, Fig. 3: a 3x3x3 convolution. Ours is depthwise, as conditional position encodings
+    (Chu et al., 2021) and UniFormerV2's are. A dense one would add 190 M parameters to b16.
     y: (B, T, H, W, D) -> (B, T, H, W, D)
     """
 
@@ -278,12 +282,12 @@ class CPE(nn.Module):
 
     def forward(self, y):
         # The same as conv_tokens(self.conv, y), as a sum over the kernel's three frames. On a CPU,
-        # PyTorch's depthwise Conv3d takes about twice as long to train.
+        # PyTorch's depthwise Conv3d takes about twice as long to train. A GPU was never tried.
         taps = []
         for k, weight in enumerate(self.conv.weight.unbind(2)):                 # (D, 1, 3, 3)
-            z = y.flatten(0, 1).movedim(-1, 1)                                  # (B*T, D, H, W)
+            frames = y.flatten(0, 1).movedim(-1, 1)                             # (B*T, D, H, W)
             bias = self.conv.bias if k == 1 else None
-            z = F.conv2d(z, weight, bias, padding=1, groups=y.shape[-1])
+            z = F.conv2d(frames, weight, bias, padding=1, groups=y.shape[-1])
             z = z.movedim(1, -1).reshape(y.shape)
             # Frame k of the kernel reads frame t+k-1, so shift along T: pad one end, cut the other.
             taps.append(F.pad(z, (0, 0, 0, 0, 0, 0, 1 - k, k - 1)))
@@ -298,9 +302,10 @@ class CTM(nn.Module):
         z = x + CMHA(LN x, LN y)
         y = z + FFN(LN z)
     The paper does not say where the residual connection is. Ours is on the query, as in
-    UniFormerV2's Extractor. So CLIP's features in x reach the classifier directly, and the y of the
-    layer before only through attention. Therefore out_proj does not start at zero: the CTMs below
-    would get no gradient in the first step.
+    UniFormerV2's Extractor. So CLIP's features in x reach the classifier directly. The y of the
+    layer before reaches it through attention, and through STDM, which load_clip silences at first.
+    Therefore out_proj does not start at zero: the CTMs of earlier layers would get no gradient in
+    the first step.
     x, y: (B, T, H, W, D) -> y: (B, T, H, W, D)
     """
 
@@ -311,7 +316,7 @@ class CTM(nn.Module):
         self.ln_q = nn.LayerNorm(dim)
         self.ln_kv = nn.LayerNorm(dim)
         self.q = nn.Linear(dim, dim)
-        # No bias: on k it cancels in the softmax, on v out_proj's bias already covers it.
+        # No bias: on k it would cancel in the softmax; on v, out_proj's bias has the same effect.
         self.kv = nn.Linear(dim, 2 * dim, bias=False)
         self.out_proj = nn.Linear(dim, dim)
         self.ln_2 = nn.LayerNorm(dim)
@@ -343,8 +348,8 @@ class STDM(nn.Module):
     """Spatio-temporal diffusion module: what y knows spreads to its surroundings and into x.
 
     Section 3.4, Fig. 4: 1x3x3, 3x1x1 and 1x1x1 convolutions with BatchNorm between them and ReLU.
-    In ours the first two are depthwise and the last one mixes the channels. There is no ReLU after
-    it: load_clip sets it to zero, and then a ReLU would never let a gradient through.
+    In ours the first two are depthwise and the last one mixes the channels. No ReLU follows the
+    last one: load_clip sets its weights to zero, and a ReLU would never let a gradient through.
     y: (B, T, H, W, D) -> (B, T, H, W, D)
     """
 
@@ -429,8 +434,8 @@ class STDFormer(nn.Module):
     The video comes from data.normalize. F is a multiple of the stem's stride, and at least twice
     it. S is a multiple of the patch size. Both may differ from training. x attends within a frame:
     time enters it only through the stem, PTM's DPE and convolution, STDM and the SMEM of its
-    branch. Layer i has blocks[i] (a Block or a PTM), ctm[i], stdm[i], smem_t[i] and smem_st[i]; an
-    nn.Identity stands where a layer has no STDM or SMEM.
+    branch. Layer i has blocks[i] (a Block or a PTM), ctm[i], stdm[i], smem_t[i] and smem_st[i]. In
+    a layer without STDM or SMEM, their place holder is an nn.Identity, which is never called.
 
     checkpointing = True computes Blocks and CTMs again in the backward pass, to save memory.
     A subclass can set Block, PTM, CTM, STDM or SMEM to another class, as scripts/variants.py does.
@@ -446,9 +451,9 @@ class STDFormer(nn.Module):
         self.config = config
         self.checkpointing = False
         c = config
-        # conv1 to ln_pre, blocks and ln_post have the names of CLIP's image tower.
         side = c.image_size // c.patch_size
         self.grid = (side, side)
+        # conv1 to ln_pre, the layers in blocks, and ln_post have the names of CLIP's image tower.
         self.conv1 = nn.Conv3d(3, c.dim, kernel_size=(c.stem_kernel, c.patch_size, c.patch_size),
                                stride=(c.stem_stride, c.patch_size, c.patch_size),
                                padding=(c.stem_kernel // 2, 0, 0), bias=False)
@@ -498,8 +503,8 @@ class STDFormer(nn.Module):
     def init_weights(self):
         """Initial values. The paper does not give any; load_clip then replaces those CLIP has.
 
-        every Linear layer       normal, std D^-0.5, bias 0, about as in CLIP's text tower
-        ... that ends a branch   normal, std (2 L D)^-0.5, since about 2 L of them add up
+        every Linear layer       truncated normal, std D^-0.5, bias 0, about as CLIP's text tower
+        ... that ends a branch   the same, std (2 L D)^-0.5, since about 2 L of them add up
         convolutions, norms      PyTorch's own
         class and positions      normal, std D^-0.5, as CLIP's
         """
@@ -507,7 +512,8 @@ class STDFormer(nn.Module):
         output_std = std * (2 * self.config.depth) ** -0.5
         for name, module in self.named_modules():
             if isinstance(module, Attention):
-                # Attention has set it already, so that it can be used alone.
+                # Attention, which can be used alone, has set it already, in the same way. It is
+                # drawn again so that a seed gives the weights it has always given.
                 nn.init.trunc_normal_(module.in_proj_weight, std=std)
             if isinstance(module, nn.Linear):
                 ends_branch = name.endswith(("out_proj", "c_proj", "expand", "pointwise"))
@@ -556,12 +562,12 @@ class STDFormer(nn.Module):
     def run(self, module, *inputs):
         """Call a module. With checkpointing, the backward pass computes its inside again."""
         # Not a PTM: computed twice, its BatchNorm would count each batch twice.
-        if self.checkpointing and self.training and not isinstance(module, PTM):
+        if self.checkpointing and self.training and not isinstance(module, self.PTM):
             return recompute(module, *inputs, use_reentrant=False)
         return module(*inputs)
 
     def forward(self, video):
-        x, y = self.forward_features(video)
+        _, y = self.forward_features(video)
         return self.head(self.dropout(self.ln_post(y.mean(dim=(1, 2, 3)))))
 
 def build_model(name="b16", **overrides):
@@ -575,12 +581,12 @@ def load_checkpoint(path):
 
     ValueError if the file is damaged, or something else.
     """
-    with open(path, "rb") as file:              # its own errors name the file
+    with open(path, "rb") as file:              # if it cannot be opened, the error names it
         try:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as e:
             raise ValueError(f"{path} is damaged, or not a checkpoint of train.py: {e}") from e
-    if "model_config" not in checkpoint:
+    if not isinstance(checkpoint, dict) or "model_config" not in checkpoint:
         raise ValueError(f"{path} has no model_config, so it is not a checkpoint of train.py")
     return checkpoint
 
@@ -604,7 +610,10 @@ def read_clip_weights(source, dim):
     """The state dict of a CLIP model: OpenAI's from the internet, or a file. See load_clip."""
     if source == "openai":
         import open_clip                        # it downloads the weights, and keeps them
-        name = "ViT-L-14-quickgelu" if dim == 1024 else "ViT-B-16-quickgelu"
+        names = {768: "ViT-B-16-quickgelu", 1024: "ViT-L-14-quickgelu"}
+        if dim not in names:
+            raise ValueError(f"dim is {dim}, but OpenAI's models have 768 or 1024")
+        name = names[dim]
         return open_clip.create_model(name, pretrained="openai").state_dict()
     if str(source).endswith(".safetensors"):
         from safetensors.torch import load_file
@@ -615,7 +624,7 @@ def read_clip_weights(source, dim):
         state = torch.jit.load(source, map_location="cpu").state_dict()
     return state.get("state_dict", state)       # open_clip's training writes more than weights
 
-HUGGING_FACE_NAMES = {                          # part of a name there: CLIP's
+HUGGING_FACE_NAMES = {                          # part of a name: the same in CLIP
     "vision_model.encoder.layers.": "visual.transformer.resblocks.",
     "vision_model.embeddings.class_embedding": "visual.class_embedding",
     "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
@@ -651,10 +660,11 @@ def load_clip(model, source):
     head start at random.
 
     source: "openai" downloads OpenAI's weights with open_clip. Otherwise a file: OpenAI's .pt, or a
-    checkpoint of open_clip or Hugging Face (.pt, .bin, .safetensors). It must be trained with
-    QuickGELU, as OpenAI's weights are. Loading OpenAI's .pt can run code from the file; the others
-    cannot. Returns how many tensors were loaded, and how many are new. ValueError if the file
-    cannot be read or does not fit.
+    checkpoint of open_clip or Hugging Face (.pt, .bin, .safetensors). It must have been trained
+    with QuickGELU, as OpenAI's weights were. A .pt or .bin may be a TorchScript archive, as
+    OpenAI's is, and loading that can run code from the file; .safetensors cannot. Returns how many
+    tensors were loaded, and how many are new. ValueError if the file cannot be read, or does not
+    fit.
     """
     try:
         state = read_clip_weights(source, model.config.dim)
@@ -666,13 +676,13 @@ def load_clip(model, source):
 
     clip = {}
     for name, tensor in state.items():
-        name = name.removeprefix("module.")     # DDP's
+        name = name.removeprefix("module.")     # the prefix of DDP
         if name.startswith("visual.") and name != "visual.proj":        # our head replaces proj
             name = name.removeprefix("visual.").replace("transformer.resblocks.", "blocks.")
             clip[name] = tensor.float()
-    if "conv1.weight" not in clip:
-        raise ValueError(f"{source} has no visual.conv1.weight, so it is not a CLIP ViT of OpenAI, "
-                         "open_clip or Hugging Face")
+    if "conv1.weight" not in clip or "positional_embedding" not in clip:
+        raise ValueError(f"{source} is not a CLIP ViT of OpenAI, open_clip or Hugging Face: it has "
+                         "no visual.conv1.weight or no visual.positional_embedding")
     pad = model.config.stem_kernel // 2
     clip["conv1.weight"] = F.pad(clip["conv1.weight"][:, :, None], (0, 0, 0, 0, pad, pad))
     clip["positional_embedding"] = resize_positions(clip["positional_embedding"], model.grid)

@@ -7,7 +7,7 @@
 --batch_size counts the clips of one step over all processes, and --lr is for that batch. So 1, 4
 and 8 GPUs see the same clips in each step. Everything random follows from --seed: samples from
 (seed, epoch, index, repetition); dropout, erasing and mixing from (seed, step, rank). So with the
-same number of processes, a resumed run continues exactly.
+same flags and the same number of processes, a resumed run continues exactly.
 """
 import argparse
 import json
@@ -67,11 +67,11 @@ def get_args(argv=None):
     add("--dataset", default="toy", choices=data.LAYOUTS, help="see the top of data.py")
     add("--recipe", choices=RECIPES, help="default: toy for --dataset toy, paper for all others")
     add("--data_root", help="folder of the data set (default: datasets/DATASET)")
-    add("--clip_root", help="folder around the clips, if not DATA_ROOT")
+    add("--clip_root", help="folder that holds the video clips, if not DATA_ROOT")
     add("--out_dir", help="folder for checkpoints and logs (default: out/DATASET)")
     add("--resume", action="store_true", help="continue from OUT_DIR/last.pt")
     add("--init_from", metavar="CHECKPOINT", help="start from model and weights of another run")
-    add("--clip", metavar="openai|FILE|none", help="start from CLIP weights")
+    add("--clip", metavar="openai|FILE|none", help="start from the weights of CLIP")
     add("--skip_list", metavar="FILE", help="clips to leave out; scripts/check_data.py writes it")
     # data
     add("--crop_scale", type=float, help="smallest area of a crop; raise it for small objects")
@@ -80,7 +80,8 @@ def get_args(argv=None):
     add("--repeat_aug", type=positive, help="samples of each clip in a step; memory grows with it")
     add("--random_erasing", type=float, metavar="P", help="probability of noise in a rectangle")
     add("--flip", action=on_off, help="mirror half of the clips, and their labels; own data: off")
-    add("--control", default="none", choices=("none", "shuffle", "single"))
+    add("--control", default="none", choices=("none", "shuffle", "single"),
+        help="control experiment: shuffle the frames of each clip, or repeat a single one")
     add("--workers", type=int, default=min(8, data.cores_per_process()),
         help="data workers per process")
     add("--timeout", type=float, default=600, help="seconds to wait for a data worker")
@@ -88,14 +89,15 @@ def get_args(argv=None):
     add("--epochs", type=positive, help="passes over the data")
     add("--warmup_epochs", type=float, help="length of the linear warm-up")
     add("--batch_size", type=positive, help="clips per step, over all processes")
-    add("--micro_batch", type=positive, help="samples per forward pass; less if memory runs out")
+    add("--micro_batch", type=positive, help="samples per forward pass; fewer need less memory")
     add("--lr", type=float, help="peak, for this batch size; lower it if the loss diverges")
     add("--min_lr", type=float, default=1e-6, help="where the cosine ends")
     add("--clip_lr_scale", type=float, default=1.0, help="factor on --lr for CLIP's parameters")
-    add("--freeze_clip", action="store_true", help="train the stem and the new parameters only")
+    add("--freeze_clip", action="store_true", help="train only the new parameters and the stem's "
+        "convolution")
     add("--weight_decay", type=float, default=0.05, help="of matrices and convolution kernels")
     add("--grad_clip", type=float, help="largest gradient norm, 0 for no limit")
-    add("--label_smoothing", type=float)
+    add("--label_smoothing", type=float, help="share of the label that all classes get")
     add("--mixup", type=float, help="alpha of MixUp, 0 for none")
     add("--cutmix", type=float, help="alpha of CutMix, 0 for none")
     # system
@@ -106,7 +108,7 @@ def get_args(argv=None):
     add("--checkpointing", action="store_true", help="less memory, about a third more time")
     add("--sync_bn", action="store_true", help="BatchNorm over the clips of all GPUs; slower")
     add("--log_every", type=positive, default=20, help="steps between log lines; Ctrl-C and "
-        "SIGTERM take effect at the next one")
+        "SIGTERM take effect at the next one, after a validation that is going on")
     add("--eval_every", type=positive, default=1, help="epochs between validations")
     add("--save_minutes", type=float, default=10, help="time between two last.pt in an epoch")
     add("--max_steps", type=positive, help="stop after this step, as if interrupted")
@@ -128,7 +130,8 @@ def get_args(argv=None):
     add("--beta", type=float, help="weight of the convolution in Eq. 1 (Table 7)")
     add("--learn_fusion", action=on_off, help="learn alpha and beta, starting from these values")
     add("--stdm_layers", **layers, help="layers with an STDM; default: all but the last")
-    add("--smem_t_layers", **layers, help="SMEM in the temporal branch (Table 6); default: L // 3")
+    add("--smem_t_layers", **layers, help="SMEM in the temporal branch (Table 6); default: layer "
+        "L // 3")
     add("--smem_st_layers", **layers, help="SMEM in the spatio-temporal branch; default: none")
     add("--smem_fusion", choices=("mul", "add", "mul+add"), help="how SMEM compares (Table 4)")
     add("--smem_grid", type=positive, help="patches per side that SMEM is built for")
@@ -142,7 +145,7 @@ def get_args(argv=None):
     defaults = dict(RECIPES[recipe])
     if recipe == "paper" and first.dataset == "ssv2":
         defaults["epochs"] = 50                         # UniFormer's on V2
-    clip = defaults.pop("clip")
+    clip = defaults.pop("clip")                         # set below: does the user give --clip?
     p.set_defaults(**defaults)
     args = p.parse_args(argv)
 
@@ -152,6 +155,8 @@ def get_args(argv=None):
     if args.init_from and args.clip:
         p.error("--init_from and --clip both give weights to start from; use one of them")
     args.clip = args.clip or ("none" if args.init_from else clip)
+    if args.init_from and first.model:
+        p.error("--init_from brings its own model; leave out --model")
     if args.freeze_clip and args.clip == "none" and not args.init_from:
         p.error("--freeze_clip keeps CLIP's weights, but --clip none gives no weights")
     if args.flip is None:       # we know nothing about the classes of own data
@@ -164,8 +169,8 @@ def get_lr(step, total, warmup, peak, floor=0.0):
     """Linear warm-up, then a cosine from peak to floor (section 4.2, "cosine annealing")."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    done = (step - warmup) / max(1, total - warmup)
-    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * done))
+    progress = (step - warmup) / max(1, total - warmup)
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 def param_groups(model, weight_decay, clip_lr_scale=1.0):
     """AdamW's groups: CLIP's parameters and new ones, each with and without weight decay.
@@ -228,7 +233,7 @@ def print_run(args, train_set, val_set, model, device, world, micro):
                  for i, j in enumerate(train_set.mirrored) if i < j]
         print("  flips swap these labels:", "; ".join(pairs) or "none")
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{args.model}: {model.config.depth} layers of width {model.config.dim}, "
+    print(f"model: {model.config.depth} layers of width {model.config.dim}, "
           f"{parameters:.2f} M parameters, {args.precision} on {device.type}")
     samples = args.batch_size * args.repeat_aug
     print(f"{args.recipe} recipe: {args.batch_size} clips per step at lr {args.lr}, each sampled "
@@ -300,6 +305,7 @@ def train_step(model, raw_model, video, label, optimizer, scaler, args, micro):
 # ----- The run --------------------------------------------------------------
 
 def main(argv=None, Model=STDFormer):
+    """argv: the flags. Model: STDFormer or a subclass, see scripts/variants.py"""
     args = get_args(argv)
 
     # ----- processes, device, precision
@@ -311,12 +317,14 @@ def main(argv=None, Model=STDFormer):
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
             args.precision = "bf16" if bf16 else "fp16"
     set_tf32(args.precision != "fp32")
+    if args.batch_size % world != 0:
+        raise ValueError(f"--batch_size is {args.batch_size}, expected a multiple of the number of "
+                         f"processes, {world}")
     samples = args.batch_size * args.repeat_aug // world        # of this process, in each step
-    micro = args.micro_batch or max(1, samples)
-    if args.batch_size % world or samples % micro:
-        raise ValueError(f"--batch_size {args.batch_size} must be a multiple of the {world} "
-                         f"processes, and the {samples} samples of a process one of "
-                         f"--micro_batch {micro}")
+    micro = args.micro_batch or samples
+    if samples % micro != 0:
+        raise ValueError(f"--micro_batch is {micro}, expected a divisor of {samples}, the samples "
+                         "of a process in a step")
 
     # ----- output folder
     out_dir = Path(args.out_dir)
@@ -339,7 +347,8 @@ def main(argv=None, Model=STDFormer):
     if resume or args.init_from:
         checkpoint = load_checkpoint(last if resume else args.init_from)
         base = checkpoint["model_config"]
-    config = model_config(args, 1, base)                # classes follow
+    # The data sets need the size and number of frames. Then they tell the number of classes.
+    config = model_config(args, num_classes=1, base=base)
     train_set, val_set = make_datasets(args, config.image_size, config.num_frames)
     classes = train_set.classes
     num_clips = len(train_set)
@@ -378,8 +387,8 @@ def main(argv=None, Model=STDFormer):
     if args.compile:
         model = torch.compile(model)
     if world > 1:
-        # Tokens have their channels last, and so have the gradients of depthwise convolutions. DDP
-        # would have to copy them (and says so) if the weights were laid out in another way.
+        # Tokens have their channels last, and so have the gradients of depthwise 2D convolutions.
+        # DDP would have to copy them, and would warn, if the weights were laid out in another way.
         for module in raw_model.modules():
             if isinstance(module, nn.Conv2d) and module.groups > 1:
                 module.to(memory_format=torch.channels_last)
@@ -447,16 +456,18 @@ def main(argv=None, Model=STDFormer):
     window_start = time.time()
     waited = 0.0                                        # seconds for data, in this window
     losses, norms = [], []                              # of the steps in this window
-    skipped_in_a_row = 0                                # steps that fp16's scaler left out
+    skipped_in_vain = 0                                 # steps, in windows without a good one
     while True:
-        # Validation comes after last.pt is written. If a run dies in it, --resume begins with it.
-        epoch = step // steps_per_epoch
-        epoch_is_over = step % steps_per_epoch == 0 and step > 0
-        if epoch_is_over and (epoch % args.eval_every == 0 or step == total) and not stopped:
-            if world > 1:                               # each process has its own BatchNorm
+        # Validation, at the end of an epoch. last.pt is already written, at the end of this loop.
+        # So if a run dies during validation, --resume begins with that validation.
+        epoch, step_in_epoch = divmod(step, steps_per_epoch)
+        is_due = epoch % args.eval_every == 0 or step == total
+        if step > 0 and step_in_epoch == 0 and is_due and not stopped:
+            if world > 1:                               # BatchNorm's means differ: use rank 0's
                 for buffer in raw_model.buffers():
                     dist.broadcast(buffer, 0)
-            result = evaluate(raw_model, val_set, device, rank, world, 4 * micro, args.workers,
+            batch_size = 4 * micro                      # without gradients, more fit into memory
+            result = evaluate(raw_model, val_set, device, rank, world, batch_size, args.workers,
                               args.timeout, args.precision)
             del result["probabilities"]                 # the rest goes to the log
             if result["top1"] > best:
@@ -485,7 +496,7 @@ def main(argv=None, Model=STDFormer):
             video = erase(video, args.random_erasing)
         if mixes:
             mix = mixes[int(torch.randint(len(mixes), ()))]
-            video, label = mix(tv_tensors.Video(video), label)  # it takes five dimensions as Video
+            video, label = mix(tv_tensors.Video(video), label)  # 5D only as tv_tensors.Video
 
         # the update
         loss, grad_norm = train_step(model, raw_model, video, label, optimizer, scaler, args, micro)
@@ -507,10 +518,10 @@ def main(argv=None, Model=STDFormer):
         stopped = stop.item() > 0
         norms = torch.stack(norms).tolist()             # DDP makes them equal on all processes
         finite = [norm for norm in norms if math.isfinite(norm)]
-        skipped = len(norms) - len(finite)
-        skipped_in_a_row = 0 if finite else skipped_in_a_row + skipped
+        skipped = len(norms) - len(finite)              # by fp16's scaler
+        skipped_in_vain = 0 if finite else skipped_in_vain + skipped
         diverged = skipped > 0 and not scaler.is_enabled()
-        if not math.isfinite(loss) or diverged or skipped_in_a_row >= 20:
+        if not math.isfinite(loss) or diverged or skipped_in_vain >= 20:
             raise FloatingPointError(f"loss {loss}, gradient norm {norms[-1]} at step {step}, lr "
                                      f"{lr:.2e}: lower --lr or lengthen --warmup_epochs")
         seconds = time.time() - window_start
@@ -536,7 +547,7 @@ def main(argv=None, Model=STDFormer):
 
     # ----- the end
     if master and step == total and not stopped:
-        print(f"done: best top1 {best:.2f}. Test: python evaluate.py --ckpt {out_dir}/best.pt")
+        print(f"done: best top1 {best:.2f}. Evaluate: python evaluate.py --ckpt {out_dir}/best.pt")
     elif master:
         print(f"stopped after step {step} of {total}; rerun with --resume to continue")
     if world > 1:

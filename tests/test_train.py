@@ -553,7 +553,7 @@ def test_folders_and_batches_that_do_not_fit_are_refused(clips, tmp_path, monkey
         run(clips, tmp_path / "new", "--resume")
     with pytest.raises(ValueError, match="18 training clips .* --batch_size 19"):
         run(clips, tmp_path / "a", "--batch_size", "19")
-    with pytest.raises(ValueError, match="--micro_batch 3"):
+    with pytest.raises(ValueError, match="--micro_batch is 3, expected a divisor of 4"):
         run(clips, tmp_path / "b", "--micro_batch", "3")
     with pytest.raises(ValueError, match="does not hold toy data.*--dataset folder"):
         run(clips / "20bn-something-something-v1", tmp_path / "c", "--dataset", "toy")

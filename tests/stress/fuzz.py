@@ -201,9 +201,8 @@ def main():
     for kind, number, whole in (("video", args.videos, whole_videos),
                                 ("frames", args.frames, whole_pictures)):
         with tempfile.TemporaryDirectory(prefix="fuzz.") as root:
-            for split in ("train", "validation"):       # the layout of --dataset folder
-                (Path(root) / split / "something").mkdir(parents=True)
-            folder = Path(root) / "train" / "something"
+            folder = Path(root) / "train" / "something"         # as --dataset folder expects it
+            folder.mkdir(parents=True)
             done = make_clips(folder, kind, whole(Path(root)), number, args.seed)
             if not done:
                 continue
