@@ -3,7 +3,8 @@
     ssv1    20bn-something-something-v1/<id>/00001.jpg ... (Jester has the same layout)
             something-something-v1-{labels,train,validation,test}.csv
     ssv2    20bn-something-something-v2/<id>.webm
-            something-something-v2-{labels,train,validation,test}.json
+            something-something-v2-{labels,train,validation,test}.json, or without the long prefix;
+            files of annotations may also be in a folder labels/
     folder  {train,validation}/<class>/<clip>.mp4, or a folder of frames for each clip; or lists,
             {train,validation}.csv with lines "path label". If there are both, the lists count
     toy     made by scripts/toy_data.py, in the layout of ssv1
@@ -165,6 +166,8 @@ def read_list(path, split):
             raise ValueError(f"{path} has the line {line!r} with {len(fields)} columns, expected a "
                              f"path and a label with {separator!r} between them")
         clip, label = fields
+        if label == "":
+            raise ValueError(f"{path} has the line {line!r} without a label")
         if "\\" in clip:
             raise ValueError(f"{path} has the path {clip}, expected / instead of \\")
         if names and label is not None:
@@ -334,7 +337,7 @@ def decode(reader, n, indices):
             return kept, i
         if i in wanted:
             frame = frame.asnumpy()
-            height, width = frame.shape[:2]             # rows may be padded, if the video is narrow
+            height, width = frame.shape[:2]             # decord pads the rows of narrow videos
             kept[i] = frame.reshape(height, -1)[:, :3 * width].reshape(height, width, 3)
     return kept, n
 

@@ -91,16 +91,18 @@ def get_args(argv=None):
     add("--image_size", type=positive, help="pixels of a frame, if not those of training")
     add("--crops", type=int, default=3, choices=(1, 3), help="spatial views")
     add("--clips", type=positive, default=1, help="temporal views, each over the whole clip")
-    add("--control", choices=("none", "shuffle", "single"), help="if not that of training")
-    add("--skip_list", metavar="FILE", help="clips that count as wrong; not known from training")
+    add("--control", choices=("none", "shuffle", "single"), help="if not that of training; "
+        "not for --video")
+    add("--skip_list", metavar="FILE", help="clips that count as wrong; training's list is "
+        "not known here")
     add("--save", metavar="FILE", help=".csv: the top 5 of each clip, .npz: all probabilities")
     add("--batch_size", type=positive, default=8, help="clips per process at once")
     add("--workers", type=int, default=min(8, data.cores_per_process()),
         help="data workers per process")
     add("--timeout", type=float, default=600, help="seconds to wait for a data worker")
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
-    add("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="validation in "
-        "train.py has that of training")
+    add("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="that of "
+        "training may give slightly other numbers")
     args = p.parse_args(argv)
     if args.dataset and not args.data_root:
         p.error("--dataset names another data set; give its folder, too, with --data_root")
@@ -135,7 +137,8 @@ def evaluate_dataset(args, model, checkpoint, device, rank, world):
     dataset = data.VideoDataset(
         args.dataset or flags["dataset"], args.data_root or flags["data_root"], args.split,
         args.num_frames, args.image_size, crops=args.crops, clips=args.clips,
-        control=args.control or flags["control"], skip_list=args.skip_list, clip_root=clip_root)
+        control=args.control or flags["control"], seed=flags.get("seed", 0),
+        skip_list=args.skip_list, clip_root=clip_root)
     if dataset.classes != checkpoint["classes"]:
         differ = sorted(set(dataset.classes) ^ set(checkpoint["classes"]))
         raise ValueError(f"{dataset.source} has other classes than {args.ckpt}, such as "
@@ -286,7 +289,9 @@ def setup(name="auto"):
     return device, rank, world
 
 def run_command(main):
-    """Run a program. An error that its user can mend is one line, others keep their traceback."""
+    """Run a program. A ValueError, OSError or FloatingPointError becomes one line: our own errors
+    are of these types, and say what to do. All others keep their traceback.
+    """
     # Log lines appear at once, also in a file. No class name is too exotic for a terminal.
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
     try:

@@ -17,10 +17,9 @@ Figure 1 in code (STDFormer.forward_features). One of L layers; only some have S
                     |                                   v             | STDM
                     +-- y --------- key, value ------[ CTM ]--[ SMEM ]+-- y   temporal branch
 
-    logits = head(LN(mean of the last y over T, H and W))
+    logits = head(LN(mean of the last y over T, H and W))       (3.1; section 5 fuses both branches)
 """
 import math
-import pickle
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +48,7 @@ class ModelConfig:
     dim: int = 768                  # D
     depth: int = 12                 # L
     heads: int = 12
-    ptm_layers: tuple = None        # layers with a PTM (Table 5); None: the last third
+    ptm_layers: tuple = None        # layers with a PTM (Table 5); None: the last L // 3
     ptm_conv: str = "residual2d"    # PTM's convolution (Table 3): residual2d, residual3d, ...
     alpha: float = 1.0              # weight of the FFN in Eq. 1 (Table 7)
     beta: float = 1.0               # weight of the convolution in Eq. 1 (Table 7)
@@ -98,7 +97,7 @@ class ModelConfig:
             end = self.depth - 1 if name == "stdm_layers" else self.depth
             for i in getattr(self, name):
                 if i not in range(end):
-                    raise ValueError(f"{name} has layer {i}, expected layers from 0 to {end - 1}")
+                    raise ValueError(f"{name} has layer {i}, expected layers below {end}")
 
 MODELS = {
     "b16": dict(dim=768, depth=12, heads=12, patch_size=16, image_size=224),    # CLIP ViT-B/16
@@ -233,7 +232,8 @@ class PTM(nn.Module):
         x = x + DPE(x)
         y1 = MHA(LN x),  y2 = FFN(LN x),  y3 = Conv(x)
         x = x + y1 + alpha y2 + beta y3
-    MHA and FFN take CLIP's weights. DPE and Conv leave out the class token.
+    MHA and FFN take CLIP's weights. So MHA looks within a frame, where section 3.2 speaks of a
+    "global spatiotemporal feature". DPE and Conv leave out the class token.
 
     conv            Table 3. "residual2d" is the above, "residual3d" has a 3D convolution.
                     "attention2d" and "attention3d" convolve after attention: y3 = Conv(y1)
@@ -301,11 +301,10 @@ class CTM(nn.Module):
         y = y + CPE(y)
         z = x + CMHA(LN x, LN y)
         y = z + FFN(LN z)
-    The paper does not say where the residual connection is. Ours is on the query, as in
-    UniFormerV2's Extractor. So CLIP's features in x reach the classifier directly. The y of the
-    layer before reaches it through attention, and through STDM, which load_clip silences at first.
-    Therefore out_proj does not start at zero: the CTMs of earlier layers would get no gradient in
-    the first step.
+    Our copy of section 3.3 breaks off before it tells of a residual connection. Ours is on the
+    query, as in UniFormerV2's Extractor. So CLIP's features in x reach the classifier directly.
+    UniFormerV2 starts out_proj at zero; we do not. STDM starts at zero, too (load_clip), so the
+    CTMs of earlier layers would get no gradient in the first step.
     x, y: (B, T, H, W, D) -> y: (B, T, H, W, D)
     """
 
@@ -439,6 +438,7 @@ class STDFormer(nn.Module):
 
     checkpointing = True computes Blocks and CTMs again in the backward pass, to save memory.
     A subclass can set Block, PTM, CTM, STDM or SMEM to another class, as scripts/variants.py does.
+    load_clip finds the last layer of each path by its name, such as STDM's pointwise: keep these.
     """
     Block = Block
     PTM = PTM
@@ -512,8 +512,8 @@ class STDFormer(nn.Module):
         output_std = std * (2 * self.config.depth) ** -0.5
         for name, module in self.named_modules():
             if isinstance(module, Attention):
-                # Attention, which can be used alone, has set it already, in the same way. It is
-                # drawn again so that a seed gives the weights it has always given.
+                # The same start as in Attention, drawn a second time: to leave out one of the two
+                # would change the weights of every seed.
                 nn.init.trunc_normal_(module.in_proj_weight, std=std)
             if isinstance(module, nn.Linear):
                 ends_branch = name.endswith(("out_proj", "c_proj", "expand", "pointwise"))
@@ -584,7 +584,7 @@ def load_checkpoint(path):
     with open(path, "rb") as file:              # if it cannot be opened, the error names it
         try:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as e:
+        except Exception as e:                  # pickle and torch raise many kinds
             raise ValueError(f"{path} is damaged, or not a checkpoint of train.py: {e}") from e
     if not isinstance(checkpoint, dict) or "model_config" not in checkpoint:
         raise ValueError(f"{path} has no model_config, so it is not a checkpoint of train.py")

@@ -38,8 +38,8 @@ from model import (MODELS, ModelConfig, STDFormer, is_clip_parameter, load_check
 
 # The paper gives frames, size, AdamW, learning rate, batch size, cosine, soft cross-entropy, flips
 # and CLIP. UniFormer's runs on SSV1 have the same learning rate per clip and a soft cross-entropy,
-# so what the paper does not say is theirs. Drop path and dropout are UniFormerV2's, which starts
-# from CLIP as well.
+# so what the paper does not say is theirs. (RandAugment's magnitude is 7 of timm's 10, which is 21
+# of torchvision's 30.) Drop path and dropout are UniFormerV2's, which starts from CLIP as well.
 PAPER = dict(
     model="b16", clip="openai", epochs=60, warmup_epochs=5, batch_size=16, lr=1e-4, grad_clip=20,
     crop_scale=0.08, randaugment=21, repeat_aug=2, random_erasing=0.25, mixup=0.8, cutmix=1.0,
@@ -89,7 +89,8 @@ def get_args(argv=None):
     add("--epochs", type=positive, help="passes over the data")
     add("--warmup_epochs", type=float, help="length of the linear warm-up")
     add("--batch_size", type=positive, help="clips per step, over all processes")
-    add("--micro_batch", type=positive, help="samples per forward pass; fewer need less memory")
+    add("--micro_batch", type=positive, help="samples per forward pass; fewer need less memory, "
+        "and give BatchNorm less to average over")
     add("--lr", type=float, help="peak, for this batch size; lower it if the loss diverges")
     add("--min_lr", type=float, default=1e-6, help="where the cosine ends")
     add("--clip_lr_scale", type=float, default=1.0, help="factor on --lr for CLIP's parameters")
@@ -152,7 +153,7 @@ def get_args(argv=None):
     args.recipe = recipe
     args.data_root = args.data_root or f"datasets/{args.dataset}"
     args.out_dir = args.out_dir or f"out/{args.dataset}"
-    if args.init_from and args.clip:
+    if args.init_from and args.clip not in (None, "none"):
         p.error("--init_from and --clip both give weights to start from; use one of them")
     args.clip = args.clip or ("none" if args.init_from else clip)
     if args.init_from and first.model:
@@ -175,7 +176,7 @@ def get_lr(step, total, warmup, peak, floor=0.0):
 def param_groups(model, weight_decay, clip_lr_scale=1.0):
     """AdamW's groups: CLIP's parameters and new ones, each with and without weight decay.
 
-    Biases, norms and other vectors have no decay, as in UniFormerV2.
+    Biases, norms and other vectors have no decay, as in UniFormerV2. Positions are a matrix.
     """
     groups = {}
     for name, p in model.named_parameters():
@@ -379,10 +380,13 @@ def main(argv=None, Model=STDFormer):
             # The stem learns: its outer frames are new, and start at 0.
             p.requires_grad = not is_clip_parameter(name) or name == "conv1.weight"
     raw_model.to(device)
+    if device.type == "cpu" and config.dim < 256 and "OMP_NUM_THREADS" not in os.environ:
+        # A second thread helps a tiny model little, and halves its speed on a busy machine.
+        torch.set_num_threads(1)
 
     # `model` is what training calls. Checkpoints and evaluation use raw_model.
     if world > 1 and args.sync_bn and device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(raw_model)
+        nn.SyncBatchNorm.convert_sync_batchnorm(raw_model)      # it replaces the layers in place
     model = raw_model
     if args.compile:
         model = torch.compile(model)
@@ -395,6 +399,7 @@ def main(argv=None, Model=STDFormer):
         model = DDP(model, gradient_as_bucket_view=True)
 
     # ----- optimizer
+    # The loop sets the learning rate before each step.
     optimizer = torch.optim.AdamW(param_groups(raw_model, args.weight_decay, args.clip_lr_scale),
                                   fused=device.type != "mps")
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
