@@ -15,7 +15,7 @@ from conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODULES = {"model.py": model, "data.py": data, "train.py": train, "evaluate.py": evaluate}
-PASS_ON = ("ablate.py", "check_data.py", "describe.py", "variants.py")          # flags to train.py
+PASS_ON = ("ablate.py", "check_data.py", "describe.py", "variants.py")          # flags on
 
 def section(title):
     return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
@@ -36,7 +36,8 @@ def test_every_command_has_a_program_and_its_flags():
     for program, words in commands():
         source = (ROOT / program).read_text(encoding="utf-8")
         if program.endswith(PASS_ON):
-            source += (ROOT / "train.py").read_text(encoding="utf-8")
+            for name in "train.py", "evaluate.py":
+                source += (ROOT / name).read_text(encoding="utf-8")
         for word in words:
             if word.startswith("--"):
                 flag = re.sub("^--(no-)?", "", word)
