@@ -115,7 +115,7 @@ def draw(ckpt, out, *flags):
 KINDS = {
     "CTM only": (dict(ptm_layers=(), stdm_layers=(), smem_t_layers=()), {"stdm", "smem"}),
     "all modules": (dict(smem_st_layers=(0,)), set()),
-    "twelve layers": (dict(depth=12, num_frames=20), set()),
+    "six layers, ten token frames": (dict(depth=6, num_frames=20), set()),
 }
 
 @pytest.mark.parametrize("kind", KINDS)
