@@ -279,7 +279,7 @@ def draw_relevance(case):
     chosen = spread(len(heat))
     edge = case.video.shape[-1] - 0.5
     answer, _ = case.ask(case.video)
-    figure = new_figure(2.8, f'What speaks for "{answer}"?')
+    figure = new_figure(2.6, f'What speaks for "{answer}"?')
     axes = figure.subplots(2, len(chosen), squeeze=False)
     frames_in_row(axes[0], case.token_frames, chosen, case.token_masks)
     grey = case.token_frames.float().mean(0).numpy()                            # (T, S, S)
@@ -347,7 +347,7 @@ def draw_stdm(case):
     axes[0, 0].set_ylabel("token\nframe")
     for row, (label, change) in zip(axes[1:], maps.items()):
         image = maps_in_row(row, change, chosen, label, cmap="viridis", vmin=0, vmax=limit)
-    figure.colorbar(image, ax=axes[1:], label="change, in means of its row", aspect=30)
+    figure.colorbar(image, ax=axes[1:], label="change / mean of the row", aspect=30)
     return figure
 
 def draw_smem(case):
@@ -367,8 +367,8 @@ def draw_smem(case):
         maps[name] = counts.unflatten(1, smem.grid).cpu().numpy()
     patches = f.shape[1]
     chosen = spread(len(counts))
-    figure = new_figure(3.7, f"SMEM: for how many of a frame's {patches} patches is the largest "
-                        "product here?")
+    figure = new_figure(3.7, f"SMEM: how many of the {patches} patches of the frame before match best "
+                        "here?")
     axes = figure.subplots(3, len(chosen), squeeze=False)
     next_frames = [t + 1 for t in chosen]
     frames_in_row(axes[0], case.token_frames, next_frames, case.token_masks)
