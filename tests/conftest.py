@@ -64,6 +64,9 @@ def free_port():
 # A fork does not import torch again, which takes seconds. After CUDA has been used it cannot.
 FORK = sys.platform == "linux" and not torch.cuda.is_available()
 PROCESSES = multiprocessing.get_context("fork" if FORK else "spawn")
+# At its first backward pass autograd starts a thread for each GPU, and then nothing can be forked.
+# Tracing with fake tensors makes torch count a GPU that is not there. So the first pass is here.
+torch.zeros(1, requires_grad=True).sum().backward()
 
 def as_rank(rank, port, results, function, arguments):
     os.environ.update(torchrun_variables(rank, port))

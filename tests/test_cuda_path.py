@@ -6,7 +6,7 @@ the GPU until the probabilities are copied back, and keep the dtypes of each pre
 make_fx(..., tracing_mode="fake") runs a function on tensors that have a shape, a dtype and a device
 but no values, and records each operation. So no value, kernel or backward pass is tested here.
 
-python -m pytest -q tests/test_z_cuda_path.py
+python -m pytest -q tests/test_cuda_path.py
 """
 import pytest
 import torch
