@@ -434,7 +434,7 @@ class STDFormer(nn.Module):
     it. S is a multiple of the patch size. Both may differ from training. x attends within a frame:
     time enters it only through the stem, PTM's DPE and convolution, STDM and the SMEM of its
     branch. Layer i has blocks[i] (a Block or a PTM), ctm[i], stdm[i], smem_t[i] and smem_st[i]. In
-    a layer without STDM or SMEM, their place holder is an nn.Identity, which is never called.
+    a layer without STDM or SMEM, an nn.Identity stands in for it and is never called.
 
     checkpointing = True computes Blocks and CTMs again in the backward pass, to save memory.
     A subclass can set Block, PTM, CTM, STDM or SMEM to another class, as scripts/variants.py does.
@@ -481,24 +481,24 @@ class STDFormer(nn.Module):
         for i in range(c.depth):
             self.stdm.append(self.STDM(c.dim) if i in c.stdm_layers else nn.Identity())
 
-        self.smem_t = nn.ModuleList()
-        for i in range(c.depth):
-            smem = nn.Identity()
-            if i in c.smem_t_layers:
-                smem = self.SMEM(c.dim, (c.smem_grid, c.smem_grid), c.smem_fusion)
-            self.smem_t.append(smem)
-
-        self.smem_st = nn.ModuleList()
-        for i in range(c.depth):
-            smem = nn.Identity()
-            if i in c.smem_st_layers:
-                smem = self.SMEM(c.dim, (c.smem_grid, c.smem_grid), c.smem_fusion)
-            self.smem_st.append(smem)
+        self.smem_t = self.make_smem(c.smem_t_layers)
+        self.smem_st = self.make_smem(c.smem_st_layers)
 
         self.ln_post = nn.LayerNorm(c.dim)
         self.dropout = nn.Dropout(c.head_dropout)
         self.head = nn.Linear(c.dim, c.num_classes)
         self.init_weights()
+
+    def make_smem(self, layers):
+        """A list with an SMEM for each of these layers, and an nn.Identity for all others."""
+        c = self.config
+        smem = nn.ModuleList()
+        for i in range(c.depth):
+            if i in layers:
+                smem.append(self.SMEM(c.dim, (c.smem_grid, c.smem_grid), c.smem_fusion))
+            else:
+                smem.append(nn.Identity())
+        return smem
 
     def init_weights(self):
         """Initial values. The paper does not give any; load_clip then replaces those CLIP has.

@@ -16,7 +16,6 @@ Random erasing and mixing are not shown, because they follow on the device.
 import argparse
 import hashlib
 import multiprocessing
-import re
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -77,8 +76,7 @@ def serve(connection, function):
                 connection.send((True, function(path)))
             except Exception as e:                      # Pillow and decord raise many kinds
                 lines = str(e).splitlines() or [type(e).__name__]
-                problem = re.sub(r"\[[\d:]+\] \S+:\d+: ", "", lines[0])  # decord's time and file
-                connection.send((False, problem))
+                connection.send((False, lines[0]))
     except (EOFError, KeyboardInterrupt):               # no paths are left, or Ctrl-C
         pass
 

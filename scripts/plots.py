@@ -59,7 +59,8 @@ def draw_curves(out_dir):
     draw_curve(accuracy, validation, "top1", BLUE, "top-1")
     draw_curve(accuracy, validation, "top5", ORANGE, "top-5")
     accuracy.set_ylim(0, 102)
-    for axis, title in ((loss, "loss"), (rate, "learning rate"), (accuracy, "validation accuracy, %")):
+    titles = {loss: "loss", rate: "learning rate", accuracy: "validation accuracy, %"}
+    for axis, title in titles.items():
         axis.set_title(title, loc="left")
         axis.set_xlabel("step")
         axis.set_xlim(left=0)

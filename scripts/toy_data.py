@@ -193,15 +193,15 @@ def paint_distractors(frames, scene, front, size):
                 blend(channel, pixels, mask, color)
 
 def paint_object(frames, scene, size):
-    """Paint the thing whose motion is the class. Its ends differ in width and colour."""
+    """Paint the object whose motion is the class. Its ends differ in width and colour."""
     x, y, angle, scale, light = scene["states"][:, :, None, None]       # (n, 1, 1) each
     radius = np.float32(0.14 + 0.2 * (scale % 1))       # a sawtooth: grows, then starts small again
     light = 0.25 + 0.75 * (light % 1)
     cos, sin = np.float32(np.cos(2 * np.pi * angle)), np.float32(np.sin(2 * np.pi * angle))
     profile = scene["profile"]
 
-    # u is the place along the object's axis, v across it. Only pixels in the rectangle around the
-    # object go on from here.
+    # u is the position along the object's axis, v across it. From here on we only need the pixels
+    # in the rectangle around the object.
     reach = radius.max() * np.hypot(1, profile.max()) + 1 / size
     dx, dy, pixels = pixels_around(x, y, reach, size)
     u, v = (cos * dx + sin * dy) / radius, (cos * dy - sin * dx) / radius
@@ -234,17 +234,17 @@ def shape_render(scene, size=TOY_SIZE):
     """Paint a scene of the tasks order and cycle: uint8 RGB (n, size, size, 3)."""
     frames = np.repeat(toy_background(scene, size)[None], scene["frames"], axis=0)
     centers = pixel_centers(size)
-    for thing in scene["objects"]:
-        dx = np.abs(centers[None, :] - thing["x"]) / thing["radius"]
-        dy = np.abs(centers[:, None] - thing["y"]) / thing["radius"]
-        if thing["shape"] == "disc":
+    for item in scene["objects"]:
+        dx = np.abs(centers[None, :] - item["x"]) / item["radius"]
+        dy = np.abs(centers[:, None] - item["y"]) / item["radius"]
+        if item["shape"] == "disc":
             inside = np.hypot(dx, dy) < 1
-        elif thing["shape"] == "square":
+        elif item["shape"] == "square":
             inside = np.maximum(dx, dy) < 0.85
         else:
             inside = (np.minimum(dx, dy) < 0.3) & (np.maximum(dx, dy) < 1)
-        light = (0.4 + 0.6 * thing["light"])[:, None, None]             # dark, but always there
-        frames[:, inside] = (light * thing["color"]).astype(np.float32)
+        light = (0.4 + 0.6 * item["light"])[:, None, None]             # dark, but always there
+        frames[:, inside] = (light * item["color"]).astype(np.float32)
     return add_noise(frames, scene)
 
 def add_noise(frames, scene):

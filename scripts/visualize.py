@@ -367,8 +367,8 @@ def draw_smem(case):
         maps[name] = counts.unflatten(1, smem.grid).cpu().numpy()
     patches = f.shape[1]
     chosen = spread(len(counts))
-    figure = new_figure(3.7, f"SMEM: how many of the {patches} patches of the frame before match best "
-                        "here?")
+    figure = new_figure(3.7, f"SMEM: how many of the {patches} patches of the frame before match "
+                        "best here?")
     axes = figure.subplots(3, len(chosen), squeeze=False)
     next_frames = [t + 1 for t in chosen]
     frames_in_row(axes[0], case.token_frames, next_frames, case.token_masks)
