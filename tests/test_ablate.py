@@ -4,14 +4,12 @@
 """
 import json
 import re
-import subprocess
-import sys
 import time
 
 import pytest
 
 import train
-from conftest import ROOT
+from conftest import PROCESSES, ROOT
 from scripts import ablate
 from scripts.variants import VARIANTS
 
@@ -134,18 +132,19 @@ def test_a_failing_run_is_reported_and_not_tabled(toy, tmp_path, capsys):
     assert "seed0: train.py: 20 training clips are too few" in printed
     assert "| STD-Former | 57.3 / 84.4 |  |" in printed
 
-def test_a_stopped_run_is_resumed(toy, tmp_path):
+def test_a_stopped_run_is_resumed(toy, tmp_path, capfd):
     flags = ["--table", "1", "--seeds", "0", "--data_root", toy, "--out_dir", str(tmp_path), "--",
              *SHORT, "--epochs", "12", "--eval_every", "12"]
-    process = subprocess.Popen([sys.executable, str(ROOT / "scripts" / "ablate.py"), *flags],
-                               text=True, stdout=subprocess.PIPE)
+    process = PROCESSES.Process(target=ablate.main, args=(flags,))
+    process.start()
     seed = tmp_path / "std_former" / "seed0"
     while not (seed / "last.pt").is_file():
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.05)
     process.terminate()
-    assert "stopped after step" in process.communicate(timeout=600)[0]
-    assert process.returncode == 1 and not (seed / "result.json").exists()
+    process.join(timeout=600)
+    assert "stopped after step" in capfd.readouterr().out
+    assert process.exitcode == 1 and not (seed / "result.json").exists()
 
     ablate.main(flags)
     assert (seed / "result.json").exists()

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 import data
-from conftest import ROOT, save_frames, write_v1
+from conftest import PROCESSES, ROOT, save_frames, write_v1
 from scripts import check_data
 from test_data import SIDES, WEBM, grey_frames
 
@@ -71,6 +71,7 @@ def frames(tmp_path_factory):
     save_frames(root / "validation" / "run" / "copy", frames_of(5, 5))
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         patch.setattr(check_data, "examine", examine_or_crash)
+        patch.setattr(check_data.multiprocessing, "get_context", lambda method: PROCESSES)
         status = check(root, "--timeout", "3")
     return root, status, out.getvalue()
 
