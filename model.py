@@ -58,8 +58,8 @@ class ModelConfig:
     smem_st_layers: tuple = ()      # SMEM in the spatio-temporal branch (Table 6)
     smem_fusion: str = "mul"        # how SMEM compares two patches (Table 4): mul, add, mul+add
     smem_grid: int = None           # patches per side that SMEM is built for; None: S / patch_size
-    drop_path: float = 0.0          # stochastic depth of the Blocks and PTMs, at the last layer
-    ctm_drop_path: float = 0.0      # stochastic depth of the CTMs, at the last layer
+    drop_path: float = 0.0          # stochastic depth of Blocks and PTMs, rising from 0 to this
+    ctm_drop_path: float = 0.0      # stochastic depth of the CTMs, rising from 0 to this
     ctm_dropout: float = 0.0        # dropout in the FFN of the CTMs
     head_dropout: float = 0.0       # dropout before the classifier
 
@@ -198,11 +198,11 @@ class DPE(nn.Module):
 class PTMConv(nn.Module):
     """PTM's convolution path, "2D Conv": what changes around here from one frame to the next?
 
-    Section 3.2, Fig. 2: 1x1, 3x3 and 1x1 convolutions that extract "temporal feature from adjacent
-    frames". So the 3x3 runs on the plane (T, H*W), whose rows are frames. UniFormerV2 lays its
-    tokens out in the same way for its 3x1x1. Along H*W a patch has its left and right neighbours,
-    none above or below, and at the end of a row the first patch of the next row. Table 3 also tries
-    3D; we use 1x1x1, 3x3x3 and 1x1x1 (dims=3). The width in the middle is not given; we use D/4.
+    Section 3.2, Fig. 2: 1x1, 3x3 and 1x1 convolutions. They extract "temporal feature from adjacent
+    frames" (section 4.5). So the 3x3 runs on the plane (T, H*W), whose rows are frames; this is our
+    reading. Along H*W a patch has its left and right neighbours, none above or below, and at the
+    end of a row the first patch of the next row. Table 3 also tries 3D; we use 1x1x1, 3x3x3 and
+    1x1x1 (dims=3). The width in the middle is not given; we use D/4.
     patches: (B, T, N, D) -> (B, T, N, D), grid: (H, W) with H*W = N
     """
 
@@ -302,7 +302,8 @@ class CTM(nn.Module):
         z = x + CMHA(LN x, LN y)
         y = z + FFN(LN z)
     Our copy of section 3.3 breaks off before it tells of a residual connection. Ours is on the
-    query, as in UniFormerV2's Extractor. So CLIP's features in x reach the classifier directly.
+    query, so CLIP's features in x reach the classifier directly. UniFormerV2's Extractor has it on
+    the query, too, but its query is what passes from layer to layer, as y does here.
     UniFormerV2 starts out_proj at zero; we do not. STDM starts at zero, too (load_clip), so the
     CTMs of earlier layers would get no gradient in the first step.
     x, y: (B, T, H, W, D) -> y: (B, T, H, W, D)
@@ -377,7 +378,8 @@ class SMEM(nn.Module):
     3x3 convolutions with BatchNorm and ReLU (the first halves the resolution), a 3x3 convolution,
     upsampling. The result is added to the input. The correlation of frame t is a map whose pixels
     are the patches of frame t and whose channels are the patches of frame t+1. The last map is
-    repeated to give T maps. The widths D/8 and D/4 and the scale 1/sqrt(D/8) are ours.
+    repeated to give T maps. This, the ReLU, the addition, the place of the halving, the widths D/8
+    and D/4 and the scale 1/sqrt(D/8) are ours.
 
     grid     (H, W) that the module is built for. Features of another grid are first resized to it
     fusion   Table 4, for patches i and j. "mul": sum_c a_ic b_jc, "add": sum_c (a_ic + b_jc),
@@ -579,7 +581,7 @@ def build_model(name="b16", **overrides):
 def load_checkpoint(path):
     """A checkpoint of train.py, on the CPU. It holds data only, so an untrusted file runs no code.
 
-    ValueError if the file is damaged, or something else.
+    ValueError if the file is damaged, or is not a checkpoint of train.py.
     """
     with open(path, "rb") as file:              # if it cannot be opened, the error names it
         try:
@@ -612,7 +614,8 @@ def read_clip_weights(source, dim):
         import open_clip                        # it downloads the weights, and keeps them
         names = {768: "ViT-B-16-quickgelu", 1024: "ViT-L-14-quickgelu"}
         if dim not in names:
-            raise ValueError(f"dim is {dim}, but OpenAI's models have 768 or 1024")
+            raise ValueError(f"dim is {dim}, but OpenAI's models have 768 (ViT-B/16) or 1024 "
+                             "(ViT-L/14)")
         name = names[dim]
         return open_clip.create_model(name, pretrained="openai").state_dict()
     if str(source).endswith(".safetensors"):
