@@ -6,7 +6,7 @@
             something-something-v2-{labels,train,validation,test}.json, or without the long prefix;
             files of annotations may also be in a folder labels/
     folder  {train,validation}/<class>/<clip>.mp4, or a folder of frames for each clip; or lists,
-            {train,validation}.csv with lines "path label". If there are both, the lists count
+            {train,validation}.csv with lines "path label". If both exist, the lists count
     toy     made by scripts/toy_data.py, in the layout of ssv1
 
 One clip, from disk to the model:
@@ -147,7 +147,7 @@ def read_class_folders(folder):
     return videos + frame_folders
 
 def read_list(path, split):
-    """Lines "path label". A tab, semicolon or comma separates them, or a blank if there is none.
+    """Lines "path label". A tab, semicolon or comma separates them, or else a space.
 
     If there is a classes.txt beside the list, it names the labels.
     """
@@ -186,7 +186,7 @@ def read_class_names(path):
             number, _, name = line.partition(" ")
             if not number.isdecimal() or not name or number in names or name in names.values():
                 raise ValueError(f"{path} has the line {line!r}, expected a number and a name with "
-                                 "a blank between them, each only once")
+                                 "a space between them, each used only once")
             names[number] = name
     return names
 

@@ -82,19 +82,20 @@ def get_args(argv=None):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("--ckpt", required=True, help="checkpoint of train.py: best.pt or last.pt")
-    add("--video", nargs="+", metavar="PATH", help="classify these clips, and no data set")
-    add("--dataset", choices=data.LAYOUTS, help="another data set of these classes, at --data_root")
+    add("--video", nargs="+", metavar="PATH", help="classify these clips instead of a data set")
+    add("--dataset", choices=data.LAYOUTS, help="another data set with the same classes; "
+        "needs --data_root")
     add("--data_root", help="folder of the data set, if it has moved")
     add("--clip_root", help="folder that holds the video clips, if not DATA_ROOT")
     add("--split", default="validation", choices=("train", "validation", "test"))
-    add("--num_frames", type=positive, help="frames per clip, if not those of training")
-    add("--image_size", type=positive, help="pixels of a frame, if not those of training")
+    add("--num_frames", type=positive, help="frames per clip (default: as in training)")
+    add("--image_size", type=positive, help="pixels of a frame (default: as in training)")
     add("--crops", type=int, default=3, choices=(1, 3), help="spatial views")
     add("--clips", type=positive, default=1, help="temporal views, each over the whole clip")
-    add("--control", choices=("none", "shuffle", "single"), help="if not that of training; "
-        "not for --video")
-    add("--skip_list", metavar="FILE", help="clips that count as wrong; training's list is "
-        "not known here")
+    add("--control", choices=("none", "shuffle", "single"), help="default: as in training; "
+        "ignored with --video")
+    add("--skip_list", metavar="FILE", help="clips to leave out, which count as wrong; "
+        "default: none, also if training had a list")
     add("--save", metavar="FILE", help=".csv: the top 5 of each clip, .npz: all probabilities")
     add("--batch_size", type=positive, default=8, help="clips per process at once")
     add("--workers", type=int, default=min(8, data.cores_per_process()),
@@ -102,7 +103,7 @@ def get_args(argv=None):
     add("--timeout", type=float, default=600, help="seconds to wait for a data worker")
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     add("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="that of "
-        "training may give slightly other numbers")
+        "training may give slightly different numbers")
     args = p.parse_args(argv)
     if args.dataset and not args.data_root:
         p.error("--dataset names another data set; give its folder, too, with --data_root")
@@ -153,7 +154,8 @@ def evaluate_dataset(args, model, checkpoint, device, rank, world):
     if dataset.skipped > 0:
         print(f"{dataset.skipped} clips on the skip list count as wrong")
     if dataset.labels.min() < 0:
-        print("This split has no labels, so there is no accuracy. --save keeps the predictions.")
+        print("This split has no labels, so there is no accuracy to compute. --save writes "
+              "the predictions.")
     else:
         print(f"top1 {result['top1']:.2f} top5 {result['top5']:.2f} clips {result['clips']} "
               f"views {args.num_frames}x{args.crops}x{args.clips}")
@@ -270,8 +272,8 @@ def setup(name="auto"):
     if "RANK" not in os.environ:
         tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
         if tasks > 1:
-            raise ValueError(f"srun has started {tasks} processes that do not know of each other; "
-                             "start one per node, with torchrun in it")
+            raise ValueError(f"srun has started {tasks} processes that are not connected; start "
+                             "one task per node, and run torchrun in it")
         return device, 0, 1
 
     # NCCL needs a GPU for each process. We tell it which one, or it might guess another.

@@ -76,10 +76,12 @@ def get_args(argv=None):
     # data
     add("--crop_scale", type=float, help="smallest area of a crop; raise it for small objects")
     add("--randaugment", type=int, choices=range(31), metavar="M", help="magnitude, 0 for none")
-    add("--randaugment_first", action=on_off, default=False, help="before the crop")
+    add("--randaugment_first", action=on_off, default=False, help="RandAugment before the crop")
     add("--repeat_aug", type=positive, help="samples of each clip in a step; memory grows with it")
-    add("--random_erasing", type=float, metavar="P", help="probability of noise in a rectangle")
-    add("--flip", action=on_off, help="mirror half of the clips, and their labels; own data: off")
+    add("--random_erasing", type=float, metavar="P", help="probability of a rectangle of "
+        "noise")
+    add("--flip", action=on_off, help="mirror half of the clips, and their labels; off for "
+        "--dataset folder and --recipe uniformerv2")
     add("--control", default="none", choices=("none", "shuffle", "single"),
         help="control experiment: shuffle the frames of each clip, or repeat a single one")
     add("--workers", type=int, default=min(8, data.cores_per_process()),
@@ -98,20 +100,20 @@ def get_args(argv=None):
         "convolution")
     add("--weight_decay", type=float, default=0.05, help="of matrices and convolution kernels")
     add("--grad_clip", type=float, help="largest gradient norm, 0 for no limit")
-    add("--label_smoothing", type=float, help="share of the label that all classes get")
+    add("--label_smoothing", type=float, help="share of the label that is spread over all classes")
     add("--mixup", type=float, help="alpha of MixUp, 0 for none")
     add("--cutmix", type=float, help="alpha of CutMix, 0 for none")
     # system
-    add("--seed", type=int, default=0, help="of everything; report the mean over several")
+    add("--seed", type=int, default=0, help="of everything random; report the mean over several")
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     add("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"))
     add("--compile", action="store_true", help="slower start, faster steps")
     add("--checkpointing", action="store_true", help="less memory, about a third more time")
     add("--sync_bn", action="store_true", help="BatchNorm over the clips of all GPUs; slower")
     add("--log_every", type=positive, default=20, help="steps between log lines; Ctrl-C and "
-        "SIGTERM take effect at the next one, after a validation that is going on")
+        "SIGTERM take effect at the next one, or after a running validation")
     add("--eval_every", type=positive, default=1, help="epochs between validations")
-    add("--save_minutes", type=float, default=10, help="time between two last.pt in an epoch")
+    add("--save_minutes", type=float, default=10, help="minutes between two last.pt in an epoch")
     add("--max_steps", type=positive, help="stop after this step, as if interrupted")
     # model: the fields of ModelConfig
     add("--model", choices=MODELS, help="size of the model; --init_from brings its own")
@@ -136,8 +138,8 @@ def get_args(argv=None):
     add("--smem_st_layers", **layers, help="SMEM in the spatio-temporal branch; default: none")
     add("--smem_fusion", choices=("mul", "add", "mul+add"), help="how SMEM compares (Table 4)")
     add("--smem_grid", type=positive, help="patches per side that SMEM is built for")
-    add("--drop_path", type=float, help="stochastic depth of Blocks and PTMs, at the last layer")
-    add("--ctm_drop_path", type=float, help="stochastic depth of the CTMs, at the last layer")
+    add("--drop_path", type=float, help="stochastic depth of Blocks and PTMs; rises from 0 to this")
+    add("--ctm_drop_path", type=float, help="stochastic depth of the CTMs; rises from 0 to this")
     add("--ctm_dropout", type=float, help="dropout in the FFN of the CTMs")
     add("--head_dropout", type=float, help="dropout before the classifier")
 
@@ -241,7 +243,7 @@ def print_run(args, train_set, val_set, model, device, world, micro):
           f"{args.repeat_aug} times; {world} processes x {samples // (world * micro)} passes x "
           f"{micro} samples")
     if samples == world and (args.mixup or args.cutmix):
-        print("  MixUp and CutMix do nothing: they mix the samples of a process, and each has one")
+        print("  MixUp and CutMix do nothing: they mix samples within a process, and each has one")
 
 # Flags that a resumed run may change: it still sees the same clips, by the same recipe.
 FREE = ("resume", "out_dir", "data_root", "clip_root", "init_from", "clip", "workers", "timeout",
@@ -337,7 +339,8 @@ def main(argv=None, Model=STDFormer):
     if master:
         out_dir.mkdir(parents=True, exist_ok=True)
         if any(out_dir.glob("*.pt")) and not resume:
-            raise ValueError(f"--out_dir {out_dir} holds a run: add --resume, or use another")
+            raise ValueError(f"--out_dir {out_dir} holds a run: add --resume to continue it, "
+                             "or use another folder")
 
     # ----- data
     if args.dataset == "toy" and master:

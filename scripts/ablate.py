@@ -9,8 +9,8 @@
 
 Flags after -- go to train.py. A run is one row with one seed: a call of train.py and a call of
 evaluate.py, or of scripts/variants.py for both. Its result is OUT_DIR/ROW/seedN/result.json. The
-same command skips runs that have a result, and resumes those that were stopped. Equal rows of two
-tables are one run. Do not start it twice with the same --out_dir.
+same command skips runs that have a result, and resumes those that were stopped. A row that
+occurs in two tables is run once. Do not run two copies at a time with the same --out_dir.
 
 The tables report last.pt. best.pt is chosen by validation accuracy, which would favour rows whose
 accuracy fluctuates.
@@ -159,8 +159,8 @@ def beside_vits(clip):
 def make_tables(dataset, depth, clip, mixes):
     """{name: (title, rows)}, for a data set, a depth, what runs start from, and whether they mix.
 
-    Tables 5 and 6 tell halves of thirds apart. If the depth is no multiple of 6, their models get
-    six layers.
+    Tables 5 and 6 distinguish sixths of the depth. If the depth is not a multiple of 6, their
+    models get six layers.
     """
     layers, flag = (depth, "") if depth % 6 == 0 else (6, " --depth 6")
     pairs = ((1.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.5), (1.0, 2.0), (0.5, 0.5), (2.0, 2.0))
@@ -365,7 +365,7 @@ def get_args(argv=None):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("--table", nargs="+", required=True, choices=make_tables("toy", 12, "none", False),
-        help="numbers are the paper's")
+        help="a number is that table of the paper")
     add("--dataset", default="toy", choices=data.LAYOUTS, help="as for train.py; ssv1 is the "
         "paper's, and on the toy a run takes minutes on a CPU core")
     add("--data_root", help="folder of the data set (default: datasets/DATASET)")
@@ -373,7 +373,7 @@ def get_args(argv=None):
         "part of DATA_ROOT)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="differences below the deviation "
         "over seeds mean nothing (default: 0 1 2)")
-    add("--jobs", type=positive, help="runs at a time (default: as many as there are GPUs for). "
+    add("--jobs", type=positive, help="runs at a time (default: as many as the GPUs allow). "
         "One GPU has room for several tiny models. On a CPU set OMP_NUM_THREADS=1 as well")
     add("--gpus_per_run", type=positive, default=1, help="processes of each run, by torchrun")
     add("--dry_run", action="store_true", help="print the commands, run nothing")

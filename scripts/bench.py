@@ -6,7 +6,7 @@
     python scripts/bench.py --pipeline clips/*.webm                # reading and augmenting
 
 Seconds depend on the machine and on its load. So each has a ratio beside it, to a baseline that is
-measured in turn with it, in the same run. All are medians over the rounds.
+timed alternately with it, in the same run. All are medians over the rounds.
 
 models       The baseline is the first row: CLIP's ViT with open_clip's blocks, on the same token
              frames after the same stem. If the ratio of the time is not above the ratio of the

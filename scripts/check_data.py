@@ -3,7 +3,7 @@
     python scripts/check_data.py check --dataset ssv2 --data_root DIR   # writes skip_list.txt
     python scripts/check_data.py show --dataset ssv2 --data_root DIR    # writes show.png
 
-check (also without the word) decodes every frame of every clip, in processes that may crash or
+check, the default, decodes every frame of every clip, in processes that may crash or
 hang. It writes the ids of unreadable clips to a skip list, and then exits with status 1. It also
 reports clips that are odd but readable, clips that are in two splits, and files that no split uses.
 
@@ -100,9 +100,9 @@ def isolated(function, paths, jobs, timeout):
             local.connection.send(path)
             if local.connection.poll(timeout):
                 return local.connection.recv()
-            problem = f"the decoder does not finish within {timeout} s"
+            problem = f"the decoder did not finish within {timeout} s"
         except (EOFError, OSError):
-            problem = "the decoder crashes"
+            problem = "the decoder crashed"
         local.process.kill()
         local.process.join()
         del local.process                               # the next path starts another
@@ -266,7 +266,7 @@ def main(argv=None):
     add("--clip_root", help="folder around the clips, if not DATA_ROOT")
     add("--out", default="skip_list.txt", help="skip list to write")
     add("--jobs", type=positive, default=data.cores_per_process(), help="clips decoded at once")
-    add("--timeout", type=positive, default=60, help="seconds for a clip; more if clips are long")
+    add("--timeout", type=positive, default=60, help="seconds for a clip; raise it for long clips")
     args = p.parse_args(argv)
     args.data_root = args.data_root or f"datasets/{args.dataset}"
     if check(args) > 0:

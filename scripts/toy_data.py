@@ -1,4 +1,4 @@
-"""Toy data in the layout of Something-Something V1: small clips that only their order tells apart.
+"""Toy data in the layout of Something-Something V1: clips whose classes differ only in order.
 
     python scripts/toy_data.py                          # datasets/toy; train.py does so by itself
     python scripts/toy_data.py --task order --data_root datasets/order
@@ -7,7 +7,7 @@
 motion  Ten classes. An object moves, turns, grows or lights up over clutter, or does so in reverse.
         A few neighbouring frames tell them apart.
 order   Six classes. Of three shapes, two light up, one after the other, and the class is which two
-        and in which order. The second follows after a gap, so that neighbouring frames do not tell.
+        and in which order. The second follows after a gap, so neighbouring frames do not reveal it.
 cycle   Two classes. Three shapes light up in turn, and the class is their cyclic order.
 
 In each task a clip played backwards belongs to another class, with the same frames. So a single

@@ -4,7 +4,7 @@
     python scripts/variants.py frames evaluate --ckpt out/frames/last.pt    # then evaluate.py's
 
 Other architectures. Is it the design, or would any transformer do? They have the width and heads of
-the STD-Former that the flags describe, and as many layers as give them its parameters.
+the STD-Former that the flags describe, and enough layers to have as many parameters.
 
     frames            frame-wise ViT: CLIP's blocks on single frames, class tokens averaged. It
                       cannot know the order of the frames

@@ -351,7 +351,7 @@ def draw_stdm(case):
     return figure
 
 def draw_smem(case):
-    """Where the largest products are: for how many patches of a frame is it this one of the next?
+    """For each patch of a frame: for how many patches of the frame before is its product largest?
 
     Section 3.5, Fig. 5. If products told where a patch went, each patch would have its own winner.
     But a product is also large if a vector is long, and then one patch wins for many.
