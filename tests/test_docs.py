@@ -147,13 +147,12 @@ def lesson():
     try:
         for match in notebook.CELL.finditer(LESSON):
             output = io.StringIO()
-            code = match["code"].replace("200", "100")  # half of the clips take half of the time
             with contextlib.redirect_stdout(output):
-                exec(code, names)
+                exec(match["code"], names)
             printed.append((match["printed"] or "", output.getvalue()))
             assert bool(plt.get_fignums()) == bool(match["picture"]), match["code"]
             plt.close("all")
-            shapes += check_shapes(code, names)
+            shapes += check_shapes(match["code"], names)
         yield names, printed, shapes
     finally:
         torch.set_grad_enabled(True)                    # the lesson switches it off for good
