@@ -95,7 +95,7 @@ def get_args(argv=None):
     add("--control", choices=("none", "shuffle", "single"), help="default: as in training; "
         "ignored with --video")
     add("--skip_list", metavar="FILE", help="clips to leave out, which count as wrong; "
-        "default: none, also if training had a list")
+        "default: none, even if training had a list")
     add("--save", metavar="FILE", help=".csv: the top 5 of each clip, .npz: all probabilities")
     add("--batch_size", type=positive, default=8, help="clips per process at once")
     add("--workers", type=int, default=min(8, data.cores_per_process()),

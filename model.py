@@ -303,7 +303,7 @@ class CTM(nn.Module):
         y = z + FFN(LN z)
     Our copy of section 3.3 breaks off before it tells of a residual connection. Ours is on the
     query, so CLIP's features in x reach the classifier directly. UniFormerV2's Extractor has it on
-    the query, too, but its query is what passes from layer to layer, as y does here.
+    the query, too, but its query is the stream that passes from layer to layer, as our y does.
     UniFormerV2 starts out_proj at zero; we do not. STDM starts at zero, too (load_clip), so the
     CTMs of earlier layers would get no gradient in the first step.
     x, y: (B, T, H, W, D) -> y: (B, T, H, W, D)
@@ -378,8 +378,8 @@ class SMEM(nn.Module):
     3x3 convolutions with BatchNorm and ReLU (the first halves the resolution), a 3x3 convolution,
     upsampling. The result is added to the input. The correlation of frame t is a map whose pixels
     are the patches of frame t and whose channels are the patches of frame t+1. The last map is
-    repeated to give T maps. This, the ReLU, the addition, the place of the halving, the widths D/8
-    and D/4 and the scale 1/sqrt(D/8) are ours.
+    repeated to give T maps. The paper does not say that; the ReLU, the addition, where to halve the
+    resolution, the widths D/8 and D/4 and the scale 1/sqrt(D/8) are our choices, too.
 
     grid     (H, W) that the module is built for. Features of another grid are first resized to it
     fusion   Table 4, for patches i and j. "mul": sum_c a_ic b_jc, "add": sum_c (a_ic + b_jc),

@@ -113,7 +113,7 @@ def get_args(argv=None):
     add("--log_every", type=positive, default=20, help="steps between log lines; Ctrl-C and "
         "SIGTERM take effect at the next one, or after a running validation")
     add("--eval_every", type=positive, default=1, help="epochs between validations")
-    add("--save_minutes", type=float, default=10, help="minutes between two last.pt in an epoch")
+    add("--save_minutes", type=float, default=10, help="minutes between saves within an epoch")
     add("--max_steps", type=positive, help="stop after this step, as if interrupted")
     # model: the fields of ModelConfig
     add("--model", choices=MODELS, help="size of the model; --init_from brings its own")
@@ -138,8 +138,10 @@ def get_args(argv=None):
     add("--smem_st_layers", **layers, help="SMEM in the spatio-temporal branch; default: none")
     add("--smem_fusion", choices=("mul", "add", "mul+add"), help="how SMEM compares (Table 4)")
     add("--smem_grid", type=positive, help="patches per side that SMEM is built for")
-    add("--drop_path", type=float, help="stochastic depth of Blocks and PTMs; rises from 0 to this")
-    add("--ctm_drop_path", type=float, help="stochastic depth of the CTMs; rises from 0 to this")
+    add("--drop_path", type=float, help="stochastic depth of Blocks and PTMs: 0 in the "
+        "first layer, this in the last")
+    add("--ctm_drop_path", type=float, help="stochastic depth of the CTMs: 0 in the first "
+        "layer, this in the last")
     add("--ctm_dropout", type=float, help="dropout in the FFN of the CTMs")
     add("--head_dropout", type=float, help="dropout before the classifier")
 

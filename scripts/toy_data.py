@@ -1,4 +1,4 @@
-"""Toy data in the layout of Something-Something V1: clips whose classes differ only in order.
+"""Toy data in the layout of Something-Something V1. Only the order of frames tells the class.
 
     python scripts/toy_data.py                          # datasets/toy; train.py does so by itself
     python scripts/toy_data.py --task order --data_root datasets/order

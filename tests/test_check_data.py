@@ -71,6 +71,7 @@ def frames(tmp_path_factory):
     save_frames(root / "validation" / "run" / "copy", frames_of(5, 5))
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         patch.setattr(check_data, "examine", examine_or_crash)
+        # Three processes start, one after the other. A fork need not import torch again.
         patch.setattr(check_data.multiprocessing, "get_context", lambda method: PROCESSES)
         status = check(root, "--timeout", "3")
     return root, status, out.getvalue()
