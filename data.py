@@ -444,7 +444,7 @@ class VideoDataset(torch.utils.data.Dataset):
     crops, clips  views of a clip, see eval_views and sample_indices
     control       "none", or "shuffle" or "single", see control_frames
     skip_list     file with ids of clips to leave out; evaluation counts them as wrong
-    clip_root     folder that holds the clips (that holds 20bn-*), if it is not root
+    clip_root     folder that holds 20bn-*, or the clips of "folder", if it is not root
     """
 
     def __init__(self, dataset, root, split, num_frames=16, size=224, crops=1, clips=1,
@@ -528,7 +528,8 @@ def step_batches(num_clips, batch_size, start, stop, seed, rank=0, world=1, repe
     """Yield this rank's samples of each step from start to stop: [(epoch, index, repetition), ...]
 
     Each epoch is a new permutation, without its last, incomplete batch. The ranks share each batch.
-    Each clip comes `repeat` times in its step. Neighbours differ, since MixUp mixes neighbours.
+    Each clip comes `repeat` times in its step. MixUp mixes neighbours, so a clip is not followed by
+    itself, unless it is the only one of its rank.
     """
     steps_per_epoch = num_clips // batch_size
     for step in range(start, stop):

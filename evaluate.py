@@ -86,7 +86,8 @@ def get_args(argv=None):
     add("--dataset", choices=data.LAYOUTS, help="another data set with the same classes; "
         "needs --data_root")
     add("--data_root", help="folder of the data set, if it has moved")
-    add("--clip_root", help="folder that holds the video clips, if not DATA_ROOT")
+    add("--clip_root", help="folder that holds 20bn-*, or the clips of --dataset folder, if it "
+        "is not DATA_ROOT")
     add("--split", default="validation", choices=("train", "validation", "test"))
     add("--num_frames", type=positive, help="frames per clip (default: as in training)")
     add("--image_size", type=positive, help="pixels of a frame (default: as in training)")
@@ -148,6 +149,10 @@ def evaluate_dataset(args, model, checkpoint, device, rank, world):
                       args.timeout, args.precision, checkpoint["mean"], checkpoint["std"])
     if rank > 0:
         return
+    broken = (~result["probabilities"].isfinite().all(dim=1)).sum().item()
+    if broken > 0:
+        raise FloatingPointError(f"{broken} clips have no finite probabilities with --precision "
+                                 f"{args.precision}; use another")
     if args.save:
         save_predictions(args.save, dataset.ids, dataset.labels, result["probabilities"],
                          dataset.classes)

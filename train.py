@@ -67,7 +67,8 @@ def get_args(argv=None):
     add("--dataset", default="toy", choices=data.LAYOUTS, help="see the top of data.py")
     add("--recipe", choices=RECIPES, help="default: toy for --dataset toy, paper for all others")
     add("--data_root", help="folder of the data set (default: datasets/DATASET)")
-    add("--clip_root", help="folder that holds the video clips, if not DATA_ROOT")
+    add("--clip_root", help="folder that holds 20bn-*, or the clips of --dataset folder, if it "
+        "is not DATA_ROOT")
     add("--out_dir", help="folder for checkpoints and logs (default: out/DATASET)")
     add("--resume", action="store_true", help="continue from OUT_DIR/last.pt")
     add("--init_from", metavar="CHECKPOINT", help="start from model and weights of another run")
@@ -108,7 +109,7 @@ def get_args(argv=None):
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     add("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"))
     add("--compile", action="store_true", help="slower start, faster steps")
-    add("--checkpointing", action="store_true", help="less memory, about a third more time")
+    add("--checkpointing", action="store_true", help="less memory, but more time")
     add("--sync_bn", action="store_true", help="BatchNorm over the clips of all GPUs; slower")
     add("--log_every", type=positive, default=20, help="steps between log lines; Ctrl-C and "
         "SIGTERM take effect at the next one, or after a running validation")
@@ -164,6 +165,9 @@ def get_args(argv=None):
         p.error("--init_from brings its own model; leave out --model")
     if args.freeze_clip and args.clip == "none" and not args.init_from:
         p.error("--freeze_clip keeps CLIP's weights, but --clip none gives no weights")
+    if args.warmup_epochs >= args.epochs:
+        p.error(f"--warmup_epochs {args.warmup_epochs} leaves none of --epochs {args.epochs} for "
+                "the learning rate to decay; lower it")
     if args.flip is None:       # we know nothing about the classes of own data
         args.flip = args.dataset != "folder"
     return args
@@ -244,13 +248,13 @@ def print_run(args, train_set, val_set, model, device, world, micro):
     print(f"{args.recipe} recipe: {args.batch_size} clips per step at lr {args.lr}, each sampled "
           f"{args.repeat_aug} times; {world} processes x {samples // (world * micro)} passes x "
           f"{micro} samples")
-    if samples == world and (args.mixup or args.cutmix):
-        print("  MixUp and CutMix do nothing: they mix samples within a process, and each has one")
+    if args.batch_size == world and (args.mixup or args.cutmix):
+        print("  MixUp and CutMix do nothing: they mix clips within a process, and each has one")
 
 # Flags that a resumed run may change: it still sees the same clips, by the same recipe.
 FREE = ("resume", "out_dir", "data_root", "clip_root", "init_from", "clip", "workers", "timeout",
-        "device", "precision", "compile", "checkpointing", "log_every", "eval_every",
-        "save_minutes", "max_steps")
+        "device", "precision", "compile", "checkpointing", "micro_batch", "log_every",
+        "eval_every", "save_minutes", "max_steps")
 
 def check_resume(checkpoint, args, classes, num_clips):
     """ValueError if this is another run than the one that was stopped."""
@@ -517,8 +521,8 @@ def main(argv=None, Model=STDFormer):
         if step % args.log_every != 0 and not epoch_is_over and step < stop_at:
             continue
 
-        # The end of a window: the only point at which the CPU waits for a GPU. Processes share
-        # their losses, and whether one of them got a signal. So they stop together.
+        # The end of a window, where the CPU waits for the GPU. Processes share their losses, and
+        # whether one of them got a signal. So they stop together.
         losses = torch.stack(losses)
         stop = torch.tensor(float(len(signals) > 0), device=device)
         if world > 1:

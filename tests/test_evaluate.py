@@ -341,6 +341,13 @@ def test_other_classes_are_refused(ckpt, tmp_path):
     with pytest.raises(ValueError, match="validation.csv has other classes than .*best.pt"):
         run(ckpt, "--data_root", other)
 
+def test_probabilities_that_are_not_finite_are_refused(ckpt, tmp_path):
+    checkpoint = torch.load(ckpt, weights_only=True)
+    checkpoint["model"]["head.bias"][0] = torch.inf     # what an overflow in fp16 gives
+    torch.save(checkpoint, tmp_path / "best.pt")
+    with pytest.raises(FloatingPointError, match="7 clips .* --precision fp32"):
+        run(tmp_path / "best.pt")
+
 @pytest.mark.parametrize("kind", ["missing", "state dict", "empty", "text", "pickle"])
 def test_a_foreign_checkpoint_is_named(tmp_path, kind):
     path = tmp_path / "best.pt"

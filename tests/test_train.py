@@ -178,6 +178,7 @@ def test_what_follows_from_flags_and_explicit_flags_win(flags, expected):
 @pytest.mark.parametrize("flags", [
     "--learning_rate 1", "--batch_size 0", "--eval_every 0", "--log_every 0", "--repeat_aug 0",
     "--randaugment 31", "--init_from a.pt --clip openai", "--freeze_clip",      # of the toy
+    "--warmup_epochs 4",
 ])
 def test_flags_that_make_no_sense_are_refused_by_name(flags, capsys):
     with pytest.raises(SystemExit) as e:
@@ -552,6 +553,18 @@ def test_resume_refuses_another_run(clips, finished, tmp_path):
         torch.save({**finished[0], **changes}, tmp_path / "last.pt")
         with pytest.raises(ValueError, match=words):
             run(clips, tmp_path, *EVERYTHING, "--resume", *flags)
+
+def test_resume_takes_another_micro_batch(clips, tmp_path):
+    """The cure for a run that has met "out of memory"."""
+    run(clips, tmp_path, "--max_steps", "1")
+    _, rows = run(clips, tmp_path, "--max_steps", "2", "--resume", "--micro_batch", "2")
+    assert [row["step"] for row in rows] == [1, 2]
+
+def test_mixing_needs_two_clips_per_process(clips, tmp_path, capsys):
+    for batch_size, printed in ((1, True), (2, False)):
+        run(clips, tmp_path / str(batch_size), "--batch_size", str(batch_size), "--repeat_aug", "2",
+            "--mixup", "0.8", "--max_steps", "1")
+        assert ("MixUp and CutMix do nothing" in capsys.readouterr().out) == printed
 
 def test_folders_and_batches_that_do_not_fit_are_refused(clips, tmp_path, monkeypatch):
     (tmp_path / "old").mkdir()
