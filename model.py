@@ -305,7 +305,8 @@ class CTM(nn.Module):
     query, so CLIP's features in x reach the classifier directly. UniFormerV2's Extractor has it on
     the query, too, but its query is the stream that passes from layer to layer, as our y does.
     UniFormerV2 starts out_proj at zero; we do not. STDM starts at zero, too (load_clip), so the
-    CTMs of earlier layers would get no gradient in the first step.
+    CTMs of earlier layers would get no gradient in the first step. Either start works
+    (docs/readings.md).
     x, y: (B, T, H, W, D) -> y: (B, T, H, W, D)
     """
 

@@ -13,7 +13,8 @@ same command skips runs that have a result, and resumes those that were stopped.
 occurs in two tables is run once. Do not run two copies at a time with the same --out_dir.
 
 The tables report last.pt. best.pt is chosen by validation accuracy, which would favour rows whose
-accuracy fluctuates.
+accuracy fluctuates. They are tested with three crops. If the outer crops of wide frames miss the
+action, test the same last.pt with evaluate.py --crops 1.
 """
 import argparse
 import json

@@ -263,7 +263,7 @@ def main(argv=None):
         return
     add("--dataset", default="toy", choices=data.LAYOUTS, help="see the top of data.py")
     add("--data_root", help="folder of the data set (default: datasets/DATASET)")
-    add("--clip_root", help="folder around the clips, if not DATA_ROOT")
+    add("--clip_root", help="as for train.py")
     add("--out", default="skip_list.txt", help="skip list to write")
     add("--jobs", type=positive, default=data.cores_per_process(), help="clips decoded at once")
     add("--timeout", type=positive, default=60, help="seconds for a clip; raise it for long clips")

@@ -355,7 +355,8 @@ def main(argv=None):
     add("--data_root", default="datasets/toy", help="new folder (default: datasets/toy)")
     add("--task", default="motion", choices=("motion", "order", "cycle"))
     add("--frames", type=int, default=16, help="frames of a clip, for order and cycle")
-    add("--gap", type=int, default=4, help="frames from the first event of order to the second")
+    add("--gap", type=int, default=4, help="frames from the first event of order to the second: "
+        "this or one more")
     add("--seed", type=int, default=0, help="another seed makes other clips")
     add("--train", type=int, default=6000, help="training clips")
     add("--validation", type=int, default=500, help="validation clips")
