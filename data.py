@@ -444,7 +444,7 @@ class VideoDataset(torch.utils.data.Dataset):
     crops, clips  views of a clip, see eval_views and sample_indices
     control       "none", or "shuffle" or "single", see control_frames
     skip_list     file with ids of clips to leave out; evaluation counts them as wrong
-    clip_root     folder that holds 20bn-*, or the clips of "folder", if it is not root
+    clip_root     folder that holds 20bn-*, or the clips of a "folder" data set; default: root
     """
 
     def __init__(self, dataset, root, split, num_frames=16, size=224, crops=1, clips=1,

@@ -152,7 +152,7 @@ def evaluate_dataset(args, model, checkpoint, device, rank, world):
     broken = (~result["probabilities"].isfinite().all(dim=1)).sum().item()
     if broken > 0:
         raise FloatingPointError(f"{broken} clips have no finite probabilities with --precision "
-                                 f"{args.precision}; use another")
+                                 f"{args.precision}; use another precision")
     if args.save:
         save_predictions(args.save, dataset.ids, dataset.labels, result["probabilities"],
                          dataset.classes)
