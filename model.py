@@ -2,7 +2,7 @@
 
 Paper: "Spatio-Temporal Diffusion Transformer for Action Recognition" (anonymous, under review,
 OpenReview ICR3swcnaa). Where it is silent we follow UniFormerV2 (Li et al., ICCV 2023), its likely
-base, or make the plainest choice that trains. docs/readings.md lists every such choice.
+base, or make the plainest choice that trains. docs/readings.md lists these choices.
 
 Letters in the shapes
     B clips       F frames of a clip   S x S pixels of a frame    D width     L layers
@@ -35,9 +35,9 @@ class ModelConfig:
     """Everything that defines a model.
 
     It covers each row of Tables 2 to 7 that can be read in our copy of the paper.
-    Layers are counted from 0, as in the paper. An empty tuple means no layer. None stands for what
-    the comment says: for PTM and SMEM the paper's best row, scaled to the depth. ValueError names a
-    field with a wrong value.
+    Layers are counted from 0, as in the paper. An empty tuple means no layer. None means the
+    default in the field's comment. For PTM and SMEM it is the paper's best row, scaled to the
+    depth. ValueError names a field with a wrong value.
     """
     num_classes: int = 174
     num_frames: int = 16            # F
@@ -202,7 +202,8 @@ class PTMConv(nn.Module):
     frames" (section 4.5). So the 3x3 runs on the plane (T, H*W), whose rows are frames; this is our
     reading. Along H*W a patch has its left and right neighbours, none above or below, and at the
     end of a row the first patch of the next row. Table 3 also tries 3D; we use 1x1x1, 3x3x3 and
-    1x1x1 (dims=3). The width in the middle is not given; we use D/4.
+    1x1x1 (dims=3). The width in the middle is not given; we use D/4. The paper names no activation
+    and no normalisation between the three, so there is none.
     patches: (B, T, N, D) -> (B, T, N, D), grid: (H, W) with H*W = N
     """
 
@@ -237,7 +238,8 @@ class PTM(nn.Module):
 
     conv            Table 3. "residual2d" is the above, "residual3d" has a 3D convolution.
                     "attention2d" and "attention3d" convolve after attention: y3 = Conv(y1)
-    alpha, beta     1.0 is best in Table 7. If learn_fusion, they are where learning starts
+    alpha, beta     1.0 is best in Table 7. If learn_fusion, which section 3.2 speaks of, learning
+                    starts from these values
     x: (B, T, 1+N, D) -> (B, T, 1+N, D), grid: (H, W) with H*W = N
     """
 
@@ -251,11 +253,11 @@ class PTM(nn.Module):
         self.mlp = MLP(dim)
         self.conv = PTMConv(dim, dims=3 if conv.endswith("3d") else 2)
         self.conv_after_attention = conv.startswith("attention")
+        if learn_fusion:
+            alpha = nn.Parameter(torch.tensor(float(alpha)))
+            beta = nn.Parameter(torch.tensor(float(beta)))
         self.alpha = alpha
         self.beta = beta
-        if learn_fusion:
-            self.alpha = nn.Parameter(torch.tensor(float(alpha)))
-            self.beta = nn.Parameter(torch.tensor(float(beta)))
         self.drop_path = StochasticDepth(drop_path, "row")
 
     def forward(self, x, grid):
@@ -304,9 +306,8 @@ class CTM(nn.Module):
     Our copy of section 3.3 breaks off before it tells of a residual connection. Ours is on the
     query, so CLIP's features in x reach the classifier directly. UniFormerV2's Extractor has it on
     the query, too, but its query is the stream that passes from layer to layer, as our y does.
-    UniFormerV2 starts out_proj at zero; we do not. STDM starts at zero, too (load_clip), so the
-    CTMs of earlier layers would get no gradient in the first step. Either start works
-    (docs/readings.md).
+    UniFormerV2 starts out_proj and the last layer of the FFN at zero, ours start at random. It
+    makes little difference (docs/readings.md).
     x, y: (B, T, H, W, D) -> y: (B, T, H, W, D)
     """
 
@@ -330,8 +331,8 @@ class CTM(nn.Module):
         return z + self.drop_path(self.mlp(self.ln_2(z)))
 
     def cross_attention(self, x, y):
-        """CMHA. Each position and head is a T x T problem of its own, too small for a fused kernel
-        to help. So positions and heads share one axis, N*heads.
+        """CMHA. Each position and head is a small T x T problem of its own. So positions and heads
+        share one axis, N*heads, and the attention is written out.
         """
         B, T, H, W, D = x.shape
         k, v = self.kv(y).chunk(2, dim=-1)
@@ -408,7 +409,8 @@ class SMEM(nn.Module):
         scale = f.shape[-1] ** -0.5
         c = 0
         if self.fusion in ("mul", "mul+add"):
-            c = c + (a * scale) @ b.transpose(-2, -1)   # scaled first, or float16 would overflow
+            # Scaled first, so that float16 overflows later.
+            c = c + (a * scale) @ b.transpose(-2, -1)
         if self.fusion in ("add", "mul+add"):
             c = c + scale * (a.sum(-1)[..., :, None] + b.sum(-1)[..., None, :])
         return c
@@ -657,10 +659,10 @@ def load_clip(model, source):
     """Start from CLIP: copy its image tower and silence every new path that adds to x.
 
     Section 4.2 says that training starts from CLIP, but not how. The centre frame of the stem's
-    kernel is CLIP's patch embedding, the others are 0 (as in ViViT, Arnab et al., 2021). So at
-    stride 2, only every other frame counts at first. DPE, PTM's convolution, STDM and the SMEMs of
-    the spatio-temporal branch add 0 at first. So x is what CLIP makes of single frames, except that
-    a PTM runs CLIP's attention and FFN side by side. CTM, the SMEMs of the temporal branch and the
+    kernel is CLIP's patch embedding, the others are 0 (as in UniFormerV2, and in ViViT before). So
+    at stride 2, only every other frame counts at first. DPE, PTM's convolution, STDM and the SMEMs
+    of the spatio-temporal branch add 0 at first. So x is what CLIP makes of single frames, except
+    that a PTM runs CLIP's attention and FFN side by side. CTM, the SMEMs of the temporal branch and the
     head start at random.
 
     source: "openai" downloads OpenAI's weights with open_clip. Otherwise a file: OpenAI's .pt, or a

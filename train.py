@@ -7,7 +7,8 @@
 --batch_size counts the clips of one step over all processes, and --lr is for that batch. So 1, 4
 and 8 GPUs see the same clips in each step. Everything random follows from --seed: samples from
 (seed, epoch, index, repetition); dropout, erasing and mixing from (seed, step, rank). So with the
-same flags and the same number of processes, a resumed run continues exactly.
+same flags and the same number of processes, a resumed run is the same run: on a CPU to the last
+bit, on a GPU with the same samples.
 """
 import argparse
 import json

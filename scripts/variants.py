@@ -322,7 +322,7 @@ class ValuesCTM(CTM):
         return self.out_proj(self.kv(y))
 
 class ZeroCTMFormer(STDFormer):
-    """Until out_proj has grown, the last y reaches the next one by way of STDM and x alone."""
+    """Until out_proj has grown, the y of a layer reaches the next layer's only by STDM and x."""
 
     def init_weights(self):
         super().init_weights()
@@ -440,7 +440,10 @@ class FrozenBNFormer(STDFormer):
         return self
 
 class ShuffledTokensFormer(STDFormer):
-    """The stem still sees neighbouring frames. Whatever needs a longer order is lost."""
+    """The stem still sees neighbouring frames. Whatever needs a longer order is lost.
+
+    Test it with --crops 1, or each crop of a clip gets an order of its own.
+    """
 
     def __init__(self, config):
         super().__init__(config)
