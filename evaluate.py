@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from model import ModelConfig, STDFormer, load_checkpoint
+from model import ModelConfig, STDFormer, load_checkpoint, load_weights
 
 # ----- Evaluation -----------------------------------------------------------
 
@@ -119,7 +119,7 @@ def main(argv=None, Model=STDFormer):
     if args.save and rank == 0:
         open(args.save, "a").close()                    # fail now rather than after hours
     model = Model(ModelConfig(**checkpoint["model_config"]))
-    model.load_state_dict(checkpoint["model"])
+    load_weights(model, checkpoint, args.ckpt)
     model.to(device).eval()
     args.num_frames = args.num_frames or model.config.num_frames
     args.image_size = args.image_size or model.config.image_size

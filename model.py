@@ -155,7 +155,7 @@ class Block(nn.Module):
 
     The paper's "conventional transformer module" (section 4.4, appendix A), in layers without PTM.
         x = x + MHA(LN x);  x = x + FFN(LN x)
-    x: (B, T, 1+N, D) -> (B, T, 1+N, D). The grid is not used: a PTM is called the same way.
+    x: (B, T, 1+N, D) -> (B, T, 1+N, D). A Block ignores the grid; it takes one because a PTM does.
     """
 
     def __init__(self, dim, heads, drop_path=0.0):
@@ -306,8 +306,8 @@ class CTM(nn.Module):
     Our copy of section 3.3 breaks off before it tells of a residual connection. Ours is on the
     query, so CLIP's features in x reach the classifier directly. UniFormerV2's Extractor has it on
     the query, too, but its query is the stream that passes from layer to layer, as our y does.
-    UniFormerV2 starts out_proj and the last layer of the FFN at zero, ours start at random. It
-    makes little difference (docs/readings.md).
+    UniFormerV2 starts out_proj and the last layer of the FFN at zero, ours start at random. On the
+    toy it makes little difference (docs/readings.md).
     x, y: (B, T, H, W, D) -> y: (B, T, H, W, D)
     """
 
@@ -540,8 +540,8 @@ class STDFormer(nn.Module):
         class_token = self.class_embedding.to(patches.dtype).expand(B, T, 1, D)
         x = torch.cat([class_token, patches.flatten(2, 3)], dim=2)              # (B, T, 1+N, D)
         x = self.ln_pre(x + resize_positions(self.positional_embedding, (H, W)))
-        # Under autocast LayerNorm returns float32. Back to bfloat16, or all modules would move
-        # twice the data. Not to float16, where tokens might overflow.
+        # Under autocast LayerNorm returns float32. Back in bfloat16, the tokens take half the
+        # memory. With float16 they stay in float32, because they might overflow.
         if patches.dtype == torch.bfloat16:
             x = x.to(torch.bfloat16)
         return x, (H, W)
@@ -566,7 +566,7 @@ class STDFormer(nn.Module):
 
     def run(self, module, *inputs):
         """Call a module. With checkpointing, the backward pass computes its inside again."""
-        # Not a PTM: computed twice, its BatchNorm would count each batch twice.
+        # PTMs are left out: a second pass would update their BatchNorm twice.
         if self.checkpointing and self.training and not isinstance(module, self.PTM):
             return recompute(module, *inputs, use_reentrant=False)
         return module(*inputs)
@@ -594,6 +594,14 @@ def load_checkpoint(path):
     if not isinstance(checkpoint, dict) or "model_config" not in checkpoint:
         raise ValueError(f"{path} has no model_config, so it is not a checkpoint of train.py")
     return checkpoint
+
+def load_weights(model, checkpoint, path):
+    """Give a model the weights of a checkpoint, all of them. ValueError if it is another model."""
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as e:
+        raise ValueError(f"{path} holds another model, perhaps one of scripts/variants.py, which "
+                         f"trains and evaluates its models itself: {e}") from e
 
 def resize_positions(positions, grid):
     """Resize position embeddings to another grid, in 2D: (1+N, D) -> (1+H*W, D)."""
@@ -662,8 +670,8 @@ def load_clip(model, source):
     kernel is CLIP's patch embedding, the others are 0 (as in UniFormerV2, and in ViViT before). So
     at stride 2, only every other frame counts at first. DPE, PTM's convolution, STDM and the SMEMs
     of the spatio-temporal branch add 0 at first. So x is what CLIP makes of single frames, except
-    that a PTM runs CLIP's attention and FFN side by side. CTM, the SMEMs of the temporal branch and the
-    head start at random.
+    that a PTM runs CLIP's attention and FFN side by side. CTM, the SMEMs of the temporal branch and
+    the head start at random.
 
     source: "openai" downloads OpenAI's weights with open_clip. Otherwise a file: OpenAI's .pt, or a
     checkpoint of open_clip or Hugging Face (.pt, .bin, .safetensors). It must have been trained

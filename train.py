@@ -33,7 +33,7 @@ from torchvision.transforms import v2
 import data
 from evaluate import autocast, evaluate, positive, run_command, set_tf32, setup
 from model import (MODELS, ModelConfig, STDFormer, is_clip_parameter, load_checkpoint, load_clip,
-                   resize_positions)
+                   load_weights, resize_positions)
 
 # ----- Recipes and flags ----------------------------------------------------
 
@@ -152,7 +152,7 @@ def get_args(argv=None):
     defaults = dict(RECIPES[recipe])
     if recipe == "paper" and first.dataset == "ssv2":
         defaults["epochs"] = 50                         # UniFormer's on V2
-    clip = defaults.pop("clip")                         # set below: does the user give --clip?
+    clip = defaults.pop("clip")                         # no default: did the user give --clip?
     p.set_defaults(**defaults)
     args = p.parse_args(argv)
 
@@ -378,7 +378,7 @@ def main(argv=None, Model=STDFormer):
     step, best = 0, -1.0
     if resume:
         check_resume(checkpoint, args, classes, num_clips)
-        raw_model.load_state_dict(checkpoint["model"])
+        load_weights(raw_model, checkpoint, last)
         step, best = checkpoint["step"], checkpoint["best"]
     elif args.init_from:
         init_from(raw_model, checkpoint, args.init_from, classes)
@@ -562,7 +562,8 @@ def main(argv=None, Model=STDFormer):
 
     # ----- the end
     if master and step == total and not stopped:
-        print(f"done: best top1 {best:.2f}. Evaluate: python evaluate.py --ckpt {out_dir}/best.pt")
+        program = "evaluate.py" if Model is STDFormer else "scripts/variants.py NAME evaluate"
+        print(f"done: best top1 {best:.2f}. Evaluate: python {program} --ckpt {out_dir}/best.pt")
     elif master:
         print(f"stopped after step {step} of {total}; rerun with --resume to continue")
     if world > 1:

@@ -67,8 +67,8 @@ def toy_scene(rng, motion, n):
 
     The object has five states, one for each motion: x, y, angle, size and brightness, in periods.
     Each is periodic with a uniform phase, and all else is drawn alike for all classes. So a single
-    frame tells nothing, and the frames without their order tell no more than the pair. Returns a
-    dict for toy_render.
+    frame tells nothing, and the frames without their order tell the motion, but not its
+    direction. Returns a dict for toy_render.
     """
     states = np.repeat(rng.random(5)[:, None], n, axis=1)           # all but one stay as they are
     sign = (1, -1, 1, 1, 1)[motion]                     # image rows count downwards: up is -y

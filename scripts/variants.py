@@ -8,8 +8,11 @@ the STD-Former that the flags describe, and enough layers to have as many parame
 
     frames            frame-wise ViT: CLIP's blocks on single frames, class tokens averaged. It
                       cannot know the order of the frames
-    divided           space-time ViT with divided attention, as TimeSformer (Bertasius et al.,
+    divided           space-time ViT with divided attention, after TimeSformer (Bertasius et al.,
                       ICML 2021)
+
+CLIP's weights fit neither of these two. With a recipe other than toy, add --clip none, also to the
+STD-Former that they are compared with.
 
 Other readings of the paper (docs/readings.md): STD-Former with one module replaced.
 
@@ -168,10 +171,12 @@ class DividedBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.ln_2(x)))
 
 class DividedViT(FrameViT):
-    """A space-time ViT with TimeSformer's blocks and time embedding.
+    """A space-time ViT: attention over time, then over space, as in TimeSformer.
 
-    The time embedding starts at 0, as TimeSformer's. Unlike TimeSformer, it has STD-Former's stem,
-    so that both see the same token frames, and one class token per frame, averaged at the end.
+    The time embedding starts at 0, as there. What differs: it has STD-Former's stem, so that both
+    see the same token frames. Each frame has a class token, which attends over time as well, and
+    the head averages them. TimeSformer has another Linear layer after the attention over time,
+    which starts at 0 in all blocks but the first.
     """
 
     def make_stem(self):                        # over several frames, as STD-Former's

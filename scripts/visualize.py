@@ -29,7 +29,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 from evaluate import positive, predict, run_command, setup
-from model import ModelConfig, STDFormer, load_checkpoint
+from model import ModelConfig, STDFormer, load_checkpoint, load_weights
 from scripts.toy_data import TOY_CLASSES, TOY_SIZE, TOY_VERSION, toy_clip, toy_render, toy_scene
 
 ORANGE, GREY = "#D55E00", "#999999"
@@ -447,7 +447,7 @@ def make_case(args):
     torch.manual_seed(0)
     untrained = STDFormer(config)
     models = {"trained": STDFormer(config), "untrained": untrained}
-    models["trained"].load_state_dict(checkpoint["model"])
+    load_weights(models["trained"], checkpoint, args.ckpt)
     for model in models.values():
         model.to(device).eval()
     masks = None

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from conftest import save_frames, write_v1
 from model import (CTM, DPE, MODELS, PTM, SMEM, STDM, ModelConfig, build_model, is_clip_parameter,
-                   load_clip)
+                   load_clip, load_weights)
 from scripts import variants
 from scripts.variants import VARIANTS
 
@@ -77,8 +77,9 @@ def default():
 def test_a_reading_differs_from_the_default_and_is_not_taken_for_it(variant, default):
     network = small(variant).train()            # some differ in training only
     assert (network(VIDEO) - default.train()(VIDEO)).abs().max() > 1e-3
-    with pytest.raises(RuntimeError, match=f"variant_{variant}"):       # so evaluate.py refuses it
-        default.load_state_dict(network.state_dict())
+    checkpoint = dict(model=network.state_dict())
+    with pytest.raises(ValueError, match=f"best.pt holds another model(.|\n)*variant_{variant}"):
+        load_weights(default, checkpoint, "best.pt")            # as evaluate.py and --resume do
 
 @pytest.fixture(scope="module")
 def clip_file(default, tmp_path_factory):
