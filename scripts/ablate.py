@@ -137,6 +137,7 @@ def readings(depth, mixes):
         Row("STDM: y from before SMEM", variant="stdm_before_smem"),
         Row("STDM: into the last third only", f"--stdm_layers {last_third}"),
         Row("STDM: nowhere", "--stdm_layers"),
+        Row("STDM: nowhere, CTM: residual on the memory", "--stdm_layers", variant="ctm_memory"),
         Row("SMEM: features of unit length", variant="smem_unit"),
         Row("SMEM: ReLU after the correlation", variant="smem_relu"),
         Row("SMEM: unit length and ReLU", variant="smem_unit_relu"),
