@@ -257,10 +257,10 @@ def sample_indices(n, num_frames, rng=None, clips=1):
 
     As in UniFormerV2, segment i is round(s i) to round(s (i+1)), with s = (n-1) / num_frames.
     Training (with an rng) draws one frame of each segment. Both ends belong to a segment, so two
-    neighbours can draw the same frame. Evaluation takes the middle, rounded down: for n =
-    41 and 4 frames, segments begin at 0, 10, 20 and 30, and it takes 5, 15, 25, 35. If n is at most
-    twice num_frames, that is where the segment begins. Short clips repeat frames, and with n = 16,
-    evaluation takes frame 8 twice and never the last.
+    neighbours can draw the same frame. Evaluation takes the middle, rounded down: for n = 41 and 4
+    frames, segments begin at 0, 10, 20 and 30, and it takes 5, 15, 25, 35. If n is at most twice
+    num_frames, it takes the frame with which the segment begins. Short clips repeat frames. Even if
+    n and num_frames are both 16, evaluation takes frame 8 twice and never the last.
 
     clips is the last number of a protocol such as 16 x 3 x 1. All of these "clips" span the whole
     video: number v has frame floor(s (v+1) / (clips+1)) of each segment.

@@ -119,7 +119,7 @@ def main(argv=None, Model=STDFormer):
     if args.save and rank == 0:
         open(args.save, "a").close()                    # fail now rather than after hours
     model = Model(ModelConfig(**checkpoint["model_config"]))
-    load_weights(model, checkpoint, args.ckpt)
+    load_weights(model, checkpoint["model"], args.ckpt)
     model.to(device).eval()
     args.num_frames = args.num_frames or model.config.num_frames
     args.image_size = args.image_size or model.config.image_size

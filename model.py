@@ -409,7 +409,7 @@ class SMEM(nn.Module):
         scale = f.shape[-1] ** -0.5
         c = 0
         if self.fusion in ("mul", "mul+add"):
-            # Scaled first, so that float16 overflows later.
+            # Scaled first, which keeps the product further from float16's limit.
             c = c + (a * scale) @ b.transpose(-2, -1)
         if self.fusion in ("add", "mul+add"):
             c = c + scale * (a.sum(-1)[..., :, None] + b.sum(-1)[..., None, :])
@@ -540,8 +540,8 @@ class STDFormer(nn.Module):
         class_token = self.class_embedding.to(patches.dtype).expand(B, T, 1, D)
         x = torch.cat([class_token, patches.flatten(2, 3)], dim=2)              # (B, T, 1+N, D)
         x = self.ln_pre(x + resize_positions(self.positional_embedding, (H, W)))
-        # Under autocast LayerNorm returns float32. Back in bfloat16, the tokens take half the
-        # memory. With float16 they stay in float32, because they might overflow.
+        # Under autocast LayerNorm returns float32. We cast back to bfloat16, which takes half the
+        # memory. With float16 the tokens stay in float32, because they might overflow.
         if patches.dtype == torch.bfloat16:
             x = x.to(torch.bfloat16)
         return x, (H, W)
@@ -595,13 +595,15 @@ def load_checkpoint(path):
         raise ValueError(f"{path} has no model_config, so it is not a checkpoint of train.py")
     return checkpoint
 
-def load_weights(model, checkpoint, path):
-    """Give a model the weights of a checkpoint, all of them. ValueError if it is another model."""
+def load_weights(model, state, source):
+    """Give a model all weights of a state dict. ValueError, which names the source, if it does not
+    fit.
+    """
     try:
-        model.load_state_dict(checkpoint["model"])
+        model.load_state_dict(state)
     except RuntimeError as e:
-        raise ValueError(f"{path} holds another model, perhaps one of scripts/variants.py, which "
-                         f"trains and evaluates its models itself: {e}") from e
+        raise ValueError(f"{source} does not fit this model; if it is one of scripts/variants.py, "
+                         f"use that script: {e}") from e
 
 def resize_positions(positions, grid):
     """Resize position embeddings to another grid, in 2D: (1+N, D) -> (1+H*W, D)."""

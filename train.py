@@ -152,7 +152,7 @@ def get_args(argv=None):
     defaults = dict(RECIPES[recipe])
     if recipe == "paper" and first.dataset == "ssv2":
         defaults["epochs"] = 50                         # UniFormer's on V2
-    clip = defaults.pop("clip")                         # no default: did the user give --clip?
+    clip = defaults.pop("clip")                         # no default: see if it was given
     p.set_defaults(**defaults)
     args = p.parse_args(argv)
 
@@ -274,10 +274,7 @@ def init_from(model, checkpoint, path, classes):
     if checkpoint["classes"] != classes:
         state["head.weight"] = model.head.weight
         state["head.bias"] = model.head.bias
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as e:
-        raise ValueError(f"--init_from {path} does not fit this model: {e}") from e
+    load_weights(model, state, f"--init_from {path}")
 
 def erase(video, p):
     """Fill a rectangle of some clips with noise. video: normalized, (B, 3, F, S, S)"""
@@ -378,7 +375,7 @@ def main(argv=None, Model=STDFormer):
     step, best = 0, -1.0
     if resume:
         check_resume(checkpoint, args, classes, num_clips)
-        load_weights(raw_model, checkpoint, last)
+        load_weights(raw_model, checkpoint["model"], last)
         step, best = checkpoint["step"], checkpoint["best"]
     elif args.init_from:
         init_from(raw_model, checkpoint, args.init_from, classes)

@@ -447,7 +447,7 @@ def make_case(args):
     torch.manual_seed(0)
     untrained = STDFormer(config)
     models = {"trained": STDFormer(config), "untrained": untrained}
-    load_weights(models["trained"], checkpoint, args.ckpt)
+    load_weights(models["trained"], checkpoint["model"], args.ckpt)
     for model in models.values():
         model.to(device).eval()
     masks = None
