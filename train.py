@@ -111,7 +111,8 @@ def get_args(argv=None):
     add("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"))
     add("--compile", action="store_true", help="slower start, faster steps")
     add("--checkpointing", action="store_true", help="less memory, but more time")
-    add("--sync_bn", action="store_true", help="BatchNorm over the clips of all GPUs; slower")
+    add("--sync_bn", action="store_true", help="BatchNorm over the clips of all GPUs; slower, and "
+        "--compile then gains little")
     add("--log_every", type=positive, default=20, help="steps between log lines; Ctrl-C and "
         "SIGTERM take effect at the next one, or after a running validation")
     add("--eval_every", type=positive, default=1, help="epochs between validations")
@@ -277,12 +278,18 @@ def init_from(model, checkpoint, path, classes):
     load_weights(model, state, f"--init_from {path}")
 
 def erase(video, p):
-    """Fill a rectangle of some clips with noise. video: normalized, (B, 3, F, S, S)"""
-    erasing = v2.RandomErasing(p, value="random")
-    clips = []
-    for clip in video.transpose(1, 2):                                          # (F, 3, S, S)
-        clips.append(erasing(clip))
-    return torch.stack(clips).transpose(1, 2)
+    """Fill a rectangle of some clips with noise, in place. video: normalized, (B, 3, F, S, S)
+
+    The noise is new in each frame, as in UniFormer. It is drawn on the device, because a copy from
+    the CPU would make the CPU wait for the GPU.
+    """
+    erasing = v2.RandomErasing()
+    for clip in video:                                                          # (3, F, S, S)
+        if torch.rand(()) < p:
+            r = erasing.make_params([clip])
+            if r["v"] is not None:                      # a rectangle that fits was found
+                clip[..., r["i"]:r["i"] + r["h"], r["j"]:r["j"] + r["w"]].normal_()
+    return video
 
 def train_step(model, raw_model, video, label, optimizer, scaler, args, micro):
     """Forward, backward and update for one batch, `micro` samples at a time.
