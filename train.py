@@ -286,9 +286,10 @@ def erase(video, p):
     erasing = v2.RandomErasing()
     for clip in video:                                                          # (3, F, S, S)
         if torch.rand(()) < p:
-            r = erasing.make_params([clip])
-            if r["v"] is not None:                      # a rectangle that fits was found
-                clip[..., r["i"]:r["i"] + r["h"], r["j"]:r["j"] + r["w"]].normal_()
+            r = erasing.make_params([clip])             # top i, left j, height h, width w, value v
+            if r["v"] is not None:                      # None: no rectangle fits
+                rectangle = clip.narrow(2, r["i"], r["h"]).narrow(3, r["j"], r["w"])
+                rectangle.normal_()
     return video
 
 def train_step(model, raw_model, video, label, optimizer, scaler, args, micro):

@@ -243,7 +243,8 @@ def test_random_erasing_hits_one_rectangle_in_all_frames():
     assert (train.erase(video.clone(), 0.0) == 7).all()
     torch.manual_seed(0)
     erased = train.erase(video.clone(), 1.0)
-    assert erased.is_contiguous()       # or MixUp and CutMix give other strides, compiled twice
+    # Else the clips from MixUp and those from CutMix have other strides, and compile twice.
+    assert erased.is_contiguous()
     hit = erased != 7
     assert (hit == hit[:, :1, :1]).all()                # in all channels and frames
     masks = hit[:, 0, 0]
