@@ -297,13 +297,16 @@ def setup(name="auto"):
 
 def run_command(main):
     """Run a program. A ValueError, OSError or FloatingPointError becomes one line: our own errors
-    are of these types, and say what to do. All others keep their traceback.
+    are of these types, and say what to do. All others keep their traceback. With TRACEBACK=1 in the
+    environment these keep theirs, too, which helps to find a mistake in your own changes.
     """
     # Log lines appear at once, also in a file. No class name is too exotic for a terminal.
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as e:
+        if os.environ.get("TRACEBACK"):
+            raise
         message = str(e)
         if "DataLoader worker" in message:      # with the worker's traceback; take its last line
             message = message.splitlines()[-1].partition(": ")[2]

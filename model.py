@@ -108,7 +108,10 @@ MODELS = {
 # ----- Shared pieces --------------------------------------------------------
 
 def conv_tokens(conv, x):
-    """Run a convolution or BatchNorm over channel-last tokens: (B, ..., C)"""
+    """Run a convolution or BatchNorm over channel-last tokens: (B, ..., C)
+
+    Under DDP, give depthwise convolutions weights in channels_last, as train.py does.
+    """
     return conv(x.movedim(-1, 1)).movedim(1, -1)
 
 def pad_class_token(patches):
@@ -240,7 +243,7 @@ class PTM(nn.Module):
                     "attention2d" and "attention3d" convolve after attention: y3 = Conv(y1)
     alpha, beta     1.0 is best in Table 7. If learn_fusion, which section 3.2 speaks of, learning
                     starts from these values
-    x: (B, T, 1+N, D) -> (B, T, 1+N, D), grid: (H, W) with H*W = N
+    x: (B, T, 1+N, D) -> (B, T, 1+N, D), D a multiple of heads; grid: (H, W) with H*W = N
     """
 
     def __init__(self, dim, heads, conv="residual2d", alpha=1.0, beta=1.0, learn_fusion=True,
@@ -308,7 +311,7 @@ class CTM(nn.Module):
     the query, too, but its query is the stream that passes from layer to layer, as our y does.
     UniFormerV2 starts out_proj and the last layer of the FFN at zero, ours start at random. On the
     toy it makes little difference (docs/readings.md).
-    x, y: (B, T, H, W, D) -> y: (B, T, H, W, D)
+    x, y: (B, T, H, W, D) -> y: (B, T, H, W, D), D a multiple of heads
     """
 
     def __init__(self, dim, heads, dropout=0.0, drop_path=0.0):
@@ -386,7 +389,8 @@ class SMEM(nn.Module):
     grid     (H, W) that the module is built for. Features of another grid are first resized to it
     fusion   Table 4, for patches i and j. "mul": sum_c a_ic b_jc, "add": sum_c (a_ic + b_jc),
              "mul+add": their sum
-    y: (B, T, H, W, D) -> (B, T, H, W, D). ValueError if T is 1: there is no next frame.
+    y: (B, T, H, W, D) -> (B, T, H, W, D), D at least 8. ValueError if T is 1: there is no next
+    frame.
     """
 
     def __init__(self, dim, grid, fusion="mul"):
@@ -443,7 +447,8 @@ class STDFormer(nn.Module):
 
     checkpointing = True computes Blocks and CTMs again in the backward pass, to save memory.
     A subclass can set Block, PTM, CTM, STDM or SMEM to another class, as scripts/variants.py does.
-    load_clip finds the last layer of each path by its name, such as STDM's pointwise: keep these.
+    init_weights and load_clip find the last layer of each path by its name, such as STDM's
+    pointwise. Keep these names, and let STDM's and PTM's stay Linear layers with a bias.
     """
     Block = Block
     PTM = PTM
@@ -602,8 +607,8 @@ def load_weights(model, state, source):
     try:
         model.load_state_dict(state)
     except RuntimeError as e:
-        raise ValueError(f"{source} does not fit this model; if it is one of scripts/variants.py, "
-                         f"use that script: {e}") from e
+        raise ValueError(f"{source} does not fit this model; it is of one of scripts/variants.py "
+                         f"(then use that script), or of another version of model.py: {e}") from e
 
 def resize_positions(positions, grid):
     """Resize position embeddings to another grid, in 2D: (1+N, D) -> (1+H*W, D)."""

@@ -82,8 +82,8 @@ def get_args(argv=None):
     add("--repeat_aug", type=positive, help="samples of each clip in a step; memory grows with it")
     add("--random_erasing", type=float, metavar="P", help="probability of a rectangle of "
         "noise")
-    add("--flip", action=on_off, help="mirror half of the clips, and their labels; off for "
-        "--dataset folder and --recipe uniformerv2")
+    add("--flip", action=on_off, help="mirror half of the clips, and their labels; on for ssv1, "
+        "ssv2 and the toy, off for --recipe uniformerv2")
     add("--control", default="none", choices=("none", "shuffle", "single"),
         help="control experiment: shuffle the frames of each clip, or repeat a single one")
     add("--workers", type=int, default=min(8, data.cores_per_process()),
@@ -170,8 +170,8 @@ def get_args(argv=None):
     if args.warmup_epochs >= args.epochs:
         p.error(f"--warmup_epochs {args.warmup_epochs} leaves none of --epochs {args.epochs} for "
                 "the learning rate to decay; lower it")
-    if args.flip is None:       # we know nothing about the classes of own data
-        args.flip = args.dataset != "folder"
+    if args.flip is None:       # mirror_labels knows the classes of these
+        args.flip = args.dataset in ("ssv1", "ssv2", "toy")
     return args
 
 # ----- The parts of training ------------------------------------------------

@@ -74,11 +74,11 @@ def describe(model):
     macs = count_macs(model, video_of(model.config))["Global"]
     print(f"{'total, with embeddings':<26}{parameters / 1e6:>10.2f}{macs / 1e9:>10.2f}")
 
-def main(argv=None):
+def main(argv=None, Model=STDFormer):
     words = sys.argv[1:] if argv is None else argv
     args = get_args(["--model", "b16", *words])
     with torch.device("meta"):                  # shapes only: nothing is allocated or computed
-        model = STDFormer(model_config(args, num_classes=174))
+        model = Model(model_config(args, num_classes=174))
     c = model.config
     print(f"{args.model}: {c.num_frames} frames of {c.image_size} x {c.image_size}, B = 1")
     describe(model)

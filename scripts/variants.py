@@ -2,6 +2,8 @@
 
     python scripts/variants.py frames train --out_dir out/frames            # then train.py's flags
     python scripts/variants.py frames evaluate --ckpt out/frames/last.pt    # then evaluate.py's
+    python scripts/variants.py ctm_memory visualize --ckpt out/memory/best.pt --toy 0
+    python scripts/variants.py ctm_memory describe --model b16
 
 Other architectures. Is it the design, or would any transformer do? They have the width and heads of
 the STD-Former that the flags describe, and enough layers to have as many parameters.
@@ -51,6 +53,9 @@ A choice of training, and a control at test time.
     bn_frozen         BatchNorm keeps its running statistics, which suits very few clips per step
     shuffle_tokens    STD-Former with the token frames of each clip in random order after the stem:
                       evaluate a checkpoint of train.py with it
+
+To add a variant, write its class, a line in VARIANTS, and at the same place a line above. The last
+layer of each path keeps its name and stays a Linear layer with a bias (see STDFormer).
 """
 import sys
 from pathlib import Path
@@ -66,6 +71,7 @@ import evaluate
 import train
 from model import (CPE, CTM, DPE, MLP, PTM, SMEM, STDM, Attention, Block, PTMConv, STDFormer,
                    conv_tokens, pad_class_token)
+from scripts import describe, visualize
 
 # ----- Other architectures --------------------------------------------------
 
@@ -508,14 +514,15 @@ VARIANTS = {
 }
 
 def main(argv):
-    if len(argv) < 2 or argv[0] not in VARIANTS or argv[1] not in ("train", "evaluate"):
-        names = "|".join(VARIANTS)
-        sys.exit(f"usage: python scripts/variants.py {names} train|evaluate FLAGS\n\n{__doc__}")
+    programs = dict(train=train, evaluate=evaluate, visualize=visualize, describe=describe)
+    if len(argv) < 2 or argv[0] not in VARIANTS or argv[1] not in programs:
+        usage = f"python scripts/variants.py {'|'.join(VARIANTS)} {'|'.join(programs)} FLAGS"
+        sys.exit(f"usage: {usage}\n\n{__doc__}")
     name, program, *flags = argv
-    if program == "train":
-        train.main(flags, VARIANTS[name])
-    else:
-        evaluate.main(flags, VARIANTS[name])
+    Model = VARIANTS[name]
+    if program in ("visualize", "describe") and not issubclass(Model, STDFormer):
+        raise ValueError(f"{program} shows the modules of STD-Former, and {name} has none of them")
+    programs[program].main(flags, Model)
 
 if __name__ == "__main__":
     evaluate.run_command(lambda: main(sys.argv[1:]))

@@ -439,14 +439,14 @@ def get_args(argv=None):
         p.error(f"--toy is {args.toy}, expected 0 or more")
     return args
 
-def make_case(args):
+def make_case(args, Model=STDFormer):
     """Load the model and the clip that the flags name."""
     device, _, _ = setup(args.device)
     checkpoint = load_checkpoint(args.ckpt)
     config = ModelConfig(**checkpoint["model_config"])
     torch.manual_seed(0)
-    untrained = STDFormer(config)
-    models = {"trained": STDFormer(config), "untrained": untrained}
+    untrained = Model(config)
+    models = {"trained": Model(config), "untrained": untrained}
     load_weights(models["trained"], checkpoint["model"], args.ckpt)
     for model in models.values():
         model.to(device).eval()
@@ -466,7 +466,7 @@ def make_case(args):
                          f"{grid[0] - 1} and a column from 0 to {grid[1] - 1}")
     return Case(models, checkpoint, device, video, masks, title, position, args.steps)
 
-def main(argv=None):
+def main(argv=None, Model=STDFormer):
     args = get_args(argv)
     try:
         import matplotlib
@@ -476,7 +476,7 @@ def main(argv=None):
         draw_toy_classes(args.toy_classes)
         print(args.toy_classes)
         return
-    case = make_case(args)
+    case = make_case(args, Model)
     answer, probability = case.ask(case.video)
     print(f"{case.title}: {answer}, {100 * probability:.0f} %")
     Path(args.out).mkdir(parents=True, exist_ok=True)

@@ -387,6 +387,16 @@ def test_other_errors_keep_their_traceback():
     with pytest.raises(RuntimeError, match="mat1"):
         evaluate.run_command(main)
 
+def test_with_TRACEBACK_our_own_errors_keep_it_too(monkeypatch):
+    def main():
+        raise ValueError("not enough values to unpack (expected 3, got 2)")
+
+    with pytest.raises(SystemExit, match="not enough values"):
+        evaluate.run_command(main)
+    monkeypatch.setenv("TRACEBACK", "1")
+    with pytest.raises(ValueError, match="not enough values"):
+        evaluate.run_command(main)
+
 def test_lines_appear_at_once_and_no_name_is_too_exotic_for_a_terminal(monkeypatch):
     screen = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding="cp1252"))

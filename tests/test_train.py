@@ -175,6 +175,11 @@ def test_what_follows_from_flags_and_explicit_flags_win(flags, expected):
     args = vars(train.get_args(flags.split()))
     assert {name: args[name] for name in expected} == expected
 
+def test_a_data_set_of_a_fork_is_not_mirrored(monkeypatch):
+    monkeypatch.setitem(data.LAYOUTS, "kinetics", (data.read_folder, "", ""))
+    assert not train.get_args(["--dataset", "kinetics"]).flip
+    assert train.get_args(["--dataset", "kinetics", "--flip"]).flip
+
 @pytest.mark.parametrize("flags", [
     "--learning_rate 1", "--batch_size 0", "--eval_every 0", "--log_every 0", "--repeat_aug 0",
     "--randaugment 31", "--init_from a.pt --clip openai", "--freeze_clip",      # of the toy

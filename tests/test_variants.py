@@ -7,6 +7,7 @@ command.
 python -m pytest -q tests/test_variants.py
 """
 import re
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import data
 from conftest import save_frames, write_v1
 from model import (CTM, DPE, MODELS, PTM, SMEM, STDM, ModelConfig, build_model, is_clip_parameter,
                    load_clip, load_weights)
@@ -323,7 +325,28 @@ def test_a_variant_is_trained_and_evaluated_by_the_same_programs(tmp_path, capsy
     last = capsys.readouterr().out.splitlines()[-1]
     assert re.fullmatch(r"top1 [\d.]+ top5 [\d.]+ clips 4 views 4x3x1", last)
 
+def test_a_variant_is_described_by_the_same_program(capsys):
+    variants.main("stdm_dense describe --model tiny".split())
+    stdm = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("stdm"))
+    D = MODELS["tiny"]["dim"]
+    dense = 9 * D * D + 3 * D * D + D * D           # parameters of the convolutions of one STDM
+    assert float(stdm.split()[2]) == pytest.approx(3 * dense / 1e6, abs=0.01)
+
+def test_the_pictures_of_a_variant_are_drawn_by_the_same_program(tmp_path):
+    pytest.importorskip("matplotlib")
+    network = small("smem_gate", num_classes=2)
+    torch.save(dict(model=network.state_dict(), model_config=asdict(network.config),
+                    classes=["dark", "light"], mean=data.CLIP_MEAN, std=data.CLIP_STD), "best.pt")
+    flags = "--ckpt best.pt --toy 0 --only smem ctm --out out --device cpu"
+    variants.main(["smem_gate", "visualize", *flags.split()])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["ctm.png", "smem.png"]
+
+@pytest.mark.parametrize("program", ("describe --model tiny", "visualize --ckpt a.pt --toy 0"))
+def test_the_plain_transformers_have_no_modules_to_show(program):
+    with pytest.raises(ValueError, match="divided has none"):
+        variants.main(["divided", *program.split()])
+
 @pytest.mark.parametrize("argv", (["frames"], ["nothing", "train"], ["frames", "walk"]))
 def test_an_unknown_variant_is_refused_with_the_list(argv):
-    with pytest.raises(SystemExit, match="frames.divided.dpe_no_bn.* train.evaluate"):
+    with pytest.raises(SystemExit, match="frames.divided.dpe_no_bn.* train.evaluate.visual"):
         variants.main(argv)
