@@ -387,7 +387,8 @@ def read_skip_list(path):
 def train_transform(size, crop_scale=0.08, randaugment=0, randaugment_first=False):
     """Random resized crop and RandAugment, one draw for all frames: (F, 3, h, w) -> (F, 3, S, S).
 
-    crop_scale         smallest area of the crop, as a share of the frame's
+    crop_scale         smallest area of the crop, as a share of the frame's. A frame that is more
+                       than 4 / (3 crop_scale) times as wide as high always gives the centre
     randaugment        magnitude on torchvision's scale of 0 to 30; 0 switches it off. Each of four
                        operations is applied with probability 0.5, as in UniFormerV2
     randaugment_first  before the crop, as in UniFormerV2: slow if the frames are large
