@@ -105,8 +105,8 @@ def commands(text):
 def test_commands_are_accepted(page):
     for program, args in commands(PAGES[page]):
         source = (ROOT / program).read_text(encoding="utf-8")
-        if program.startswith("scripts/"):              # some pass flags on to these two
-            for name in "train.py", "evaluate.py":
+        if program.startswith("scripts/"):              # some pass flags on to these
+            for name in "train.py", "evaluate.py", "scripts/visualize.py":
                 source += (ROOT / name).read_text(encoding="utf-8")
         for flag in re.findall(r"(?<!\S)--(?:no-)?(\w+)", " ".join(args)):
             known = f'"--{flag}"' in source or flag in model.ModelConfig.__dataclass_fields__
