@@ -607,8 +607,9 @@ def load_weights(model, state, source):
     try:
         model.load_state_dict(state)
     except RuntimeError as e:
-        raise ValueError(f"{source} does not fit this model; it is of one of scripts/variants.py "
-                         f"(then use that script), or of another version of model.py: {e}") from e
+        raise ValueError(f"{source} does not fit this model; it belongs to a model of "
+                         "scripts/variants.py (then use that script), or to another version of "
+                         f"model.py: {e}") from e
 
 def resize_positions(positions, grid):
     """Resize position embeddings to another grid, in 2D: (1+N, D) -> (1+H*W, D)."""
