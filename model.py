@@ -110,7 +110,8 @@ MODELS = {
 def conv_tokens(conv, x):
     """Run a convolution or BatchNorm over channel-last tokens: (B, ..., C)
 
-    Under DDP, give depthwise convolutions weights in channels_last, as train.py does.
+    Under DDP, give depthwise convolutions weights in channels_last, as train.py does. Otherwise DDP
+    has to copy their gradients.
     """
     return conv(x.movedim(-1, 1)).movedim(1, -1)
 

@@ -374,7 +374,7 @@ def get_args(argv=None):
     add("--out_dir", help="folder for runs, tables and plots (default: out/ablate/ and the last "
         "part of DATA_ROOT)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="with three seeds, a difference "
-        "should be more than twice the deviation over them (default: 0 1 2)")
+        "counts only if it is more than twice the deviation over them (default: 0 1 2)")
     add("--jobs", type=positive, help="runs at a time (default: as many as the GPUs allow). "
         "One GPU has room for several tiny models. On a CPU set OMP_NUM_THREADS=1 as well")
     add("--gpus_per_run", type=positive, default=1, help="processes of each run, by torchrun")

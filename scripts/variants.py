@@ -54,8 +54,8 @@ A choice of training, and a control at test time.
     shuffle_tokens    STD-Former with the token frames of each clip in random order after the stem:
                       evaluate a checkpoint of train.py with it
 
-To add a variant, write its class, a line in VARIANTS, and at the same place a line above. The last
-layer of each path keeps its name and stays a Linear layer with a bias (see STDFormer).
+To add a variant, write its class, a line in VARIANTS, and a line in the lists above, in the same
+order. The last layer of each path keeps its name and type (see STDFormer in model.py).
 """
 import sys
 from pathlib import Path
